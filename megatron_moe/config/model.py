@@ -1,0 +1,137 @@
+"""The shape of the GPT decoder: everything about the network that is not its experts (`moe.py`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder-only transformer, pre-normalised. Names and defaults follow Megatron-LM's flags."""
+
+    num_layers: int = 4
+    """Number of transformer layers."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of a dense MLP and, unless --moe-ffn-hidden-size is given, of an expert. Default: 4 x hidden size;
+    with --swiglu 8/3 x hidden size, rounded down to a multiple of 64 (as Megatron-LM)."""
+    num_attention_heads: int = 4
+    """Number of attention heads."""
+    num_query_groups: int | None = None
+    """Key/value heads for grouped-query attention. Default: one for each attention head."""
+    kv_channels: int | None = None
+    """Width of one attention head. Default: hidden size / attention heads."""
+    seq_length: int = 256
+    """Tokens in a training sample."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table, and the longest text that can be generated. Default: --seq-length."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How positions enter: a learned table, rotary embeddings, or not at all."""
+    rotary_base: int = 10000
+    """Base period of the rotary embeddings."""
+    rotary_percent: float = 1.0
+    """Fraction of a head's channels that are rotated."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Which norm."""
+    norm_epsilon: float = 1e-5
+    """Epsilon inside the norms."""
+    swiglu: bool = False
+    """Gated SiLU in the MLPs and experts instead of GELU."""
+    disable_bias_linear: bool = False
+    """No biases in the linear layers."""
+    add_qkv_bias: bool = False
+    """Biases in the query/key/value projection only (useful with --disable-bias-linear)."""
+    untie_embeddings_and_output_weights: bool = False
+    """An output projection of its own instead of the transposed embedding."""
+    qk_layernorm: bool = False
+    """Normalise every query and key head before the dot product."""
+    attention_dropout: float = 0.1
+    """Dropout on the attention weights."""
+    hidden_dropout: float = 0.1
+    """Dropout on the embedding and on what each sublayer adds to the residual stream."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections are divided by sqrt(2 x layers)."""
+    vocab_size: int | None = None
+    """Vocabulary before padding. Default: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it, so that the padded
+    size, and with it the weights, do not depend on the layout."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Who provides linear layers, norms and attention: megatron-core's plain torch modules with this package's
+    attention and norms, or Transformer Engine (CUDA; pip install 'megatron_moe[te]')."""
+    attention_backend: Literal["sdpa", "unfused"] = "sdpa"
+    """Core attention of the local implementation: torch's scaled_dot_product_attention, or megatron-core's own
+    DotProductAttention, which keeps the S x S matrix (for comparison)."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "seq_length",
+            "max_position_embeddings",
+            "rotary_base",
+            "vocab_size",
+            "make_vocab_size_divisible_by",
+        )
+        require_fraction(self, "attention_dropout", "hidden_dropout")
+        require(0.0 < self.rotary_percent <= 1.0, "rotary_percent", self.rotary_percent, "in (0, 1]")
+        require(self.norm_epsilon > 0.0, "norm_epsilon", self.norm_epsilon, "greater than 0")
+        require(self.init_method_std > 0.0, "init_method_std", self.init_method_std, "greater than 0")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"--hidden-size {self.hidden_size}: must be a multiple of --num-attention-heads "
+                f"{self.num_attention_heads}, or give --kv-channels"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ConfigError(
+                f"--num-query-groups {self.num_query_groups}: must divide --num-attention-heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.max_position_embeddings is not None and self.max_position_embeddings < self.seq_length:
+            raise ConfigError(
+                f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
+                f"{self.seq_length}"
+            )
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of a dense MLP after the default is applied."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.swiglu:
+            return max(64, int(4 * self.hidden_size * 2 / 3) // 64 * 64)
+        return 4 * self.hidden_size
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads after the default is applied."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head after the default is applied."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model accepts after the default is applied."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to --make-vocab-size-divisible-by.
+
+        Raises:
+            ConfigError: the vocabulary is not known yet.
+        """
+        if self.vocab_size is None:
+            raise ConfigError("--vocab-size: not known; give it, or --tokenizer-model")
+        multiple = self.make_vocab_size_divisible_by
+        return (self.vocab_size + multiple - 1) // multiple * multiple

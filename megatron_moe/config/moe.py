@@ -1,0 +1,134 @@
+"""Experts: how many in which layer, how they are combined with a dense MLP, and how tokens are routed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture-of-experts flags. Without --num-experts the model is dense."""
+
+    num_experts: tuple[int, ...] | None = None
+    """Experts per MoE layer: one count for all of them, or one count for each MoE layer in order (a pyramid)."""
+    expert_interval: int = 1
+    """Layers K, 2K, 3K, ... (counted from 1) are MoE layers; the others are dense."""
+    moe_layer_freq: tuple[int, ...] | None = None
+    """Explicit pattern instead of --expert-interval: one 0 (dense) or 1 (MoE) for each layer."""
+    mlp_type: Literal["standard", "residual"] = "standard"
+    """`residual` puts a dense MLP beside the routed experts of every MoE layer (PR-MoE)."""
+    residual_combine: Literal["softmax", "add"] = "softmax"
+    """How the dense MLP and the experts are combined: by a learned two-way softmax (DeepSpeed's code) or by a
+    plain sum (the PR-MoE paper's text)."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of an expert. Default: --ffn-hidden-size."""
+    router: Literal["topk"] = "topk"
+    """Which router assigns tokens to experts."""
+    moe_router_topk: int = 1
+    """Experts per token."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Turns router logits into scores."""
+    moe_router_pre_softmax: bool | None = None
+    """Softmax over all experts before the top-k choice (weights do not sum to 1) instead of over the chosen ones.
+    Default: on for top-1, where the other order would give weight 1 to every token, off otherwise."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Multiplies the chosen experts' weights (needs pre-softmax or sigmoid)."""
+    moe_router_num_groups: int | None = None
+    """Group-limited routing: the experts form this many groups."""
+    moe_router_group_topk: int | None = None
+    """Group-limited routing: a token may use experts of this many groups."""
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = (
+        "aux_loss"
+    )
+    """How the load is balanced: an auxiliary loss per micro-batch, per sequence or over the global batch, Sinkhorn
+    assignment, or not at all."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the auxiliary loss of --moe-router-load-balancing-type."""
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router z-loss (ST-MoE: 1e-3)."""
+    moe_router_enable_expert_bias: bool = False
+    """Aux-loss-free balancing: a bias per expert that moves against its load (needs sigmoid scores)."""
+    moe_router_bias_update_rate: float = 1e-3
+    """Step of that bias."""
+    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Precision of the router's arithmetic."""
+    moe_input_jitter_eps: float | None = None
+    """Multiplies the router's input by U(1-eps, 1+eps) in training."""
+    moe_expert_capacity_factor: float | None = None
+    """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts. Default: dropless.
+    Generation and scoring are always dropless."""
+    moe_pad_expert_input_to_capacity: bool = False
+    """Pad every expert's input to its capacity (needs --moe-expert-capacity-factor)."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an over-full expert drops: the least probable or the last."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of an expert that every token passes through, beside the routed ones."""
+    moe_shared_expert_gate: bool = False
+    """Sigmoid gate on the shared expert."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    """How tokens travel to their experts' ranks (`flex`: DeepEP, CUDA only)."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "expert_interval",
+            "moe_ffn_hidden_size",
+            "moe_router_topk",
+            "moe_router_num_groups",
+            "moe_router_group_topk",
+            "moe_shared_expert_intermediate_size",
+        )
+        require_fraction(self, "moe_input_jitter_eps")
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"):
+            value = getattr(self, name)
+            require(value is None or value >= 0.0, name, value, "at least 0")
+        factor = self.moe_expert_capacity_factor
+        require(factor is None or factor > 0.0, "moe_expert_capacity_factor", factor, "greater than 0")
+        if self.num_experts is not None:
+            require(
+                len(self.num_experts) > 0 and min(self.num_experts) >= 1,
+                "num_experts",
+                self.num_experts,
+                "one or more counts, each at least 1",
+            )
+            require(
+                self.moe_router_topk <= min(self.num_experts),
+                "moe_router_topk",
+                self.moe_router_topk,
+                f"at most the smallest of --num-experts ({min(self.num_experts)})",
+            )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.mlp_type == "residual" and self.num_experts is None:
+            raise ConfigError("--mlp-type residual: needs --num-experts")
+        if self.mlp_type == "residual" and self.moe_shared_expert_intermediate_size is not None:
+            raise ConfigError(
+                "--mlp-type residual: cannot be combined with --moe-shared-expert-intermediate-size "
+                f"{self.moe_shared_expert_intermediate_size}; the residual MLP is the shared path already"
+            )
+        if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
+            raise ConfigError("--moe-pad-expert-input-to-capacity: needs --moe-expert-capacity-factor")
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ConfigError("--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid")
+        if (self.moe_router_num_groups is None) != (self.moe_router_group_topk is None):
+            raise ConfigError("--moe-router-num-groups and --moe-router-group-topk: give both or neither")
+        if self.moe_router_load_balancing_type == "sinkhorn" and self.moe_aux_loss_coeff > 0:
+            raise ConfigError(
+                f"--moe-aux-loss-coeff {self.moe_aux_loss_coeff}: must be 0 with "
+                "--moe-router-load-balancing-type sinkhorn"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ConfigError("--moe-shared-expert-gate: needs --moe-shared-expert-intermediate-size")
+
+    @property
+    def pre_softmax(self) -> bool:
+        """Whether softmax comes before top-k, after the default is applied.
+
+        megatron-core refuses top-1 with softmax after top-k (`topk_routing_with_score_function`): the weight would
+        be 1 for every token and the router would get no gradient.
+        """
+        if self.moe_router_pre_softmax is not None:
+            return self.moe_router_pre_softmax
+        return self.moe_router_topk == 1

@@ -1,0 +1,79 @@
+"""A whole run: every section together, and the checks that need more than one of them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_moe.config.base import ConfigError, require
+from megatron_moe.config.data import DataConfig
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.optimizer import OptimizerConfig
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where a run is written and where it starts from."""
+
+    save: str | None = None
+    """The run's directory: checkpoints, config.yaml, metrics.jsonl, expert_load.jsonl, tensorboard/."""
+    load: str | None = None
+    """Go on from the latest checkpoint of this run. With the same folder as --save, an empty one starts afresh."""
+    save_interval: int | None = None
+    """Save every this many steps; the last step is always saved."""
+    keep_last: int | None = None
+    """Keep only this many checkpoints."""
+    no_load_optim: bool = False
+    """Load weights without optimizer state."""
+    no_load_rng: bool = False
+    """Load without the random-number states."""
+    finetune: bool = False
+    """Load weights only, and start at step 0 with fresh data, schedule and optimizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_interval", "keep_last"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        if self.finetune and self.load is None:
+            raise ConfigError("--finetune: needs --load")
+        if (self.save_interval or self.keep_last) and self.save is None:
+            raise ConfigError("--save-interval and --keep-last: need --save")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run reports while it trains."""
+
+    log_interval: int = 1
+    """Report every this many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run's directory."""
+    wandb_project: str | None = None
+    """Report to this Weights & Biases project as well (pip install wandb)."""
+    wandb_name: str | None = None
+    """Name of the run there. Default: the name of the run's directory."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """A progress bar; `auto` shows it on a terminal."""
+
+    def __post_init__(self) -> None:
+        require(self.log_interval >= 1, "log_interval", self.log_interval, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Every section of a training run. YAML nests by section name; flags are flat."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Width of a routed expert after the default is applied."""
+        return self.moe.moe_ffn_hidden_size or self.model.ffn_size
