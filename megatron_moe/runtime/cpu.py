@@ -1,0 +1,133 @@
+"""The CPU runtime: what must be replaced so that unmodified megatron-core 0.19 trains on gloo CPU ranks.
+
+Each replacement names the upstream module and symbol and says why. `install()` applies them once, is called by the
+entry points (never at import), and does nothing when CUDA is used. `check()` says which symbols have moved.
+"""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.config.base import UserError
+from megatron_moe.runtime import cuda_standins as standins
+
+MODULES_WITH_HARD_CODED_DEVICE = (
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.transformer.utils",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`module.attribute` becomes `value`, because of `reason`."""
+
+    module: str
+    attribute: str
+    value: Any
+    reason: str
+
+    def owner(self) -> Any:
+        """The object that holds the attribute: a module, or a class written `module:Class`."""
+        module, _, cls = self.module.partition(":")
+        owner = importlib.import_module(module)
+        return getattr(owner, cls) if cls else owner
+
+    @property
+    def name(self) -> str:
+        """Where the symbol lives, for messages."""
+        return f"{self.module}.{self.attribute}"
+
+
+def replacements() -> list[Replacement]:
+    """Every upstream symbol that the CPU runtime replaces."""
+    rng = "the RNG tracker and the recompute read and write the GPU generator"
+    streams = "the all-to-all dispatcher and the schedules create streams and events unconditionally"
+    torch_cuda = [
+        Replacement("torch.cuda", "current_device", lambda: standins.CPU, "buffers are allocated on the current device"),
+        Replacement("torch.cuda", "device_count", lambda: 1, "the dataset builder divides threads by devices"),
+        Replacement("torch.cuda", "synchronize", lambda device=None: None, "called around collectives and timers"),
+        Replacement("torch.cuda", "Stream", standins.CpuStream, streams),
+        Replacement("torch.cuda", "Event", standins.CpuEvent, streams),
+        Replacement("torch.cuda", "stream", standins.stream_context, streams),
+        Replacement("torch.cuda", "current_stream", standins.current_stream, streams),
+        Replacement("torch.cuda", "get_rng_state", standins.get_cpu_rng_state, rng),
+        Replacement("torch.cuda", "set_rng_state", standins.set_cpu_rng_state, rng),
+        Replacement("torch.cuda", "manual_seed", standins.manual_seed, rng),
+        Replacement("torch:Tensor", "cuda", standins.tensor_to_cpu, "checkpoint and optimizer move tensors back"),
+        Replacement("torch:Tensor", "type", standins.tensor_type_as_cuda, "optimizers branch on the type's name"),
+        Replacement("torch.nn:Module", "cuda", standins.module_to_cpu, "models are moved after they are built"),
+    ]
+    tracker = "megatron.core.tensor_parallel.random"
+    splits = "all_to_all_single needs numbers as split sizes"
+    megatron = [
+        Replacement(tracker, "_get_cuda_rng_state", standins.get_cpu_rng_state, rng),
+        Replacement(tracker, "_set_cuda_rng_state", standins.set_cpu_rng_state, "it only queues a lazy CUDA call"),
+        Replacement("megatron.core.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits),
+        Replacement(
+            "megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits
+        ),
+    ]
+    view = standins.TorchOnCpu()
+    hard_coded = [
+        Replacement(module, "torch", view, 'factories with a hard-coded device="cuda"')
+        for module in MODULES_WITH_HARD_CODED_DEVICE
+    ]
+    return torch_cuda + megatron + hard_coded
+
+
+def check() -> list[str]:
+    """Names of upstream symbols that are no longer where the CPU runtime expects them."""
+    missing = []
+    for replacement in replacements():
+        try:
+            owner = replacement.owner()
+        except (ImportError, AttributeError):
+            missing.append(replacement.name)
+            continue
+        if not hasattr(owner, replacement.attribute):
+            missing.append(replacement.name)
+    return missing
+
+
+class _SharedGeneratorFilter(logging.Filter):
+    """Drops upstream's warning that the CPU generator moved inside a fork: here it is the same generator."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+_installed = False
+
+
+def install() -> None:
+    """Apply every replacement. A second call does nothing.
+
+    Raises:
+        UserError: an upstream symbol has moved; the message names it and the versions that are supported.
+    """
+    global _installed
+    if _installed:
+        return
+    missing = check()
+    if missing:
+        raise UserError(
+            f"megatron-core: {', '.join(missing)} not found, so it cannot run on CPU ranks; "
+            "install megatron-core>=0.19,<0.20"
+        )
+    for replacement in replacements():
+        setattr(replacement.owner(), replacement.attribute, replacement.value)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_SharedGeneratorFilter())
+    _installed = True
+
+
+def is_installed() -> bool:
+    """Whether this process runs with the CPU runtime."""
+    return _installed
