@@ -26,8 +26,8 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert's matrices. Default: --tensor-model-parallel-size."""
     sequence_parallel: bool = False
-    """Split norms and dropouts along the sequence over the tensor-parallel ranks. Always on when both tensor and
-    expert parallelism are used (megatron-core requires it)."""
+    """Split norms and dropouts along the sequence over the tensor-parallel ranks. Always on for a model with experts
+    under tensor parallelism (megatron-core requires it)."""
     use_distributed_optimizer: bool = False
     """ZeRO-1: shard the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -51,7 +51,9 @@ class ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ConfigError("--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce")
+            raise ConfigError(
+                "--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce"
+            )
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: needs "
@@ -63,29 +65,24 @@ class ParallelConfig:
         """Expert-tensor-parallel size after the default is applied."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
-    @property
-    def uses_sequence_parallel(self) -> bool:
-        """Sequence parallelism as asked for, or as megatron-core requires it for experts under tensor parallelism."""
-        return self.sequence_parallel or (
-            self.tensor_model_parallel_size > 1 and self.expert_model_parallel_size > 1
-        )
-
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model in `world_size` processes.
 
         Raises:
             ConfigError: the sizes do not fit the world.
         """
-        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        model = (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
         sizes = (
             f"--tensor-model-parallel-size {self.tensor_model_parallel_size} x --pipeline-model-parallel-size "
             f"{self.pipeline_model_parallel_size} x --context-parallel-size {self.context_parallel_size}"
         )
         if world_size % model:
-            raise ConfigError(f"{sizes} = {model}: must divide the number of processes, which is {world_size}")
-        expert = (
-            self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
-        )
+            raise ConfigError(
+                f"{sizes} = {model}: must divide the number of processes, which is {world_size}"
+            )
+        expert = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
         if world_size % expert:
             raise ConfigError(
                 f"--expert-tensor-parallel-size {self.expert_tensor_size} x --expert-model-parallel-size "

@@ -74,6 +74,13 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
+    def uses_sequence_parallel(self) -> bool:
+        """Sequence parallelism as asked for, or as megatron-core requires it to train experts under tensor
+        parallelism (`moe_layer.py:MoELayer.forward` refuses to run without)."""
+        has_experts = self.moe.num_experts is not None
+        return self.parallel.sequence_parallel or (has_experts and self.parallel.tensor_model_parallel_size > 1)
+
+    @property
     def expert_ffn_size(self) -> int:
         """Width of a routed expert after the default is applied."""
         return self.moe.moe_ffn_hidden_size or self.model.ffn_size

@@ -1,16 +1,14 @@
 """The CPU runtime: what must be replaced so that unmodified megatron-core 0.19 trains on gloo CPU ranks.
 
 Each replacement names the upstream module and symbol and says why. `install()` applies them once, is called by the
-entry points (never at import), and does nothing when CUDA is used. `check()` says which symbols have moved.
+entry points (never at import), and is left out when CUDA is used.
 """
 
-import importlib
 import logging
-from dataclasses import dataclass
-from typing import Any
 
-from megatron_moe.config.base import UserError
 from megatron_moe.runtime import cuda_standins as standins
+from megatron_moe.runtime import replace
+from megatron_moe.runtime.replace import Replacement
 
 MODULES_WITH_HARD_CODED_DEVICE = (
     "megatron.core.tensor_parallel.data",
@@ -23,27 +21,6 @@ MODULES_WITH_HARD_CODED_DEVICE = (
     "megatron.core.dist_checkpointing.exchange_utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
 )
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """`module.attribute` becomes `value`, because of `reason`."""
-
-    module: str
-    attribute: str
-    value: Any
-    reason: str
-
-    def owner(self) -> Any:
-        """The object that holds the attribute: a module, or a class written `module:Class`."""
-        module, _, cls = self.module.partition(":")
-        owner = importlib.import_module(module)
-        return getattr(owner, cls) if cls else owner
-
-    @property
-    def name(self) -> str:
-        """Where the symbol lives, for messages."""
-        return f"{self.module}.{self.attribute}"
 
 
 def replacements() -> list[Replacement]:
@@ -83,20 +60,6 @@ def replacements() -> list[Replacement]:
     return torch_cuda + megatron + hard_coded
 
 
-def check() -> list[str]:
-    """Names of upstream symbols that are no longer where the CPU runtime expects them."""
-    missing = []
-    for replacement in replacements():
-        try:
-            owner = replacement.owner()
-        except (ImportError, AttributeError):
-            missing.append(replacement.name)
-            continue
-        if not hasattr(owner, replacement.attribute):
-            missing.append(replacement.name)
-    return missing
-
-
 class _SharedGeneratorFilter(logging.Filter):
     """Drops upstream's warning that the CPU generator moved inside a fork: here it is the same generator."""
 
@@ -116,14 +79,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    missing = check()
-    if missing:
-        raise UserError(
-            f"megatron-core: {', '.join(missing)} not found, so it cannot run on CPU ranks; "
-            "install megatron-core>=0.19,<0.20"
-        )
-    for replacement in replacements():
-        setattr(replacement.owner(), replacement.attribute, replacement.value)
+    replace.apply(replacements())
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_SharedGeneratorFilter())
     _installed = True
 

@@ -29,7 +29,6 @@ REQUIRED_LIBRARIES = {
     "numpy": "numpy",
     "pyyaml": "yaml",
     "tqdm": "tqdm",
-    "tensorboard": "tensorboard",
 }
 BUILD_APEX = (
     "optional; build it from source: git clone https://github.com/NVIDIA/apex && cd apex && "
@@ -87,7 +86,7 @@ def examine() -> Report:
         findings += [device_finding, check_collectives(device)]
         findings += [check_megatron_core()]
     findings += [check_library(name, module) for name, module in REQUIRED_LIBRARIES.items()]
-    findings += [check_apex(), check_transformer_engine(device)]
+    findings += [check_tensorboard(), check_apex(), check_transformer_engine(device)]
     if has_torch:
         findings += [check_triton(device), check_grouped_mm(device)]
     can_train = all(each.state != "error" for each in findings)
@@ -178,6 +177,13 @@ def check_library(distribution: str, module: str) -> Finding:
     if _find(module) is None:
         return Finding(distribution, "error", "not installed", f"pip install {distribution}")
     return Finding(distribution, "ok", _version(distribution) or "unknown version")
+
+
+def check_tensorboard() -> Finding:
+    """TensorBoard, which a run can do without."""
+    if _find("tensorboard") is None:
+        return Finding("tensorboard", "warning", "not installed: give --no-tensorboard", "pip install tensorboard")
+    return Finding("tensorboard", "ok", _version("tensorboard") or "unknown version")
 
 
 def check_apex() -> Finding:

@@ -1,0 +1,138 @@
+"""Layer specs: which class stands for which part of a layer, for the local and the Transformer Engine backend.
+
+megatron-core's own spec helpers build one MoE spec for all layers and never set the router
+(`models/gpt/moe_module_specs.py`), so the layer spec is put together here from upstream's parts.
+"""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron_moe.config.base import ConfigError
+from megatron_moe.model.attention import SdpaAttention
+from megatron_moe.model.norms import build_norm
+from megatron_moe.model.transformer_config import PyramidTransformerConfig
+from megatron_moe.moe.experts import sequential_experts
+from megatron_moe.moe.layer import PyramidMoELayer, PyramidMoESubmodules
+from megatron_moe.moe.routers import ROUTERS
+
+
+class LocalBackend(LocalSpecProvider):
+    """megatron-core's plain torch modules, with this package's norms, attention and experts."""
+
+    def __init__(self, core_attention: type) -> None:
+        self._core_attention = core_attention
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        """Norms that work with sequence parallelism."""
+        return build_norm
+
+    def core_attention(self) -> type:
+        """The chosen core attention."""
+        return self._core_attention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """A loop over experts."""
+        return sequential_experts()
+
+
+def get_backend(config: PyramidTransformerConfig, attention_backend: str) -> BackendSpecProvider:
+    """The provider of a layer's parts.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for and is not installed.
+    """
+    if config.transformer_impl == "local":
+        return LocalBackend(SdpaAttention if attention_backend == "sdpa" else DotProductAttention)
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        raise ConfigError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "pip install 'megatron_moe[te]' on a machine with CUDA, or use --transformer-impl local"
+        )
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def block_spec(
+    config: PyramidTransformerConfig, attention_backend: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage (and virtual stage) builds."""
+    backend = get_backend(config, attention_backend)
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    counts = config.experts_per_layer[offset : offset + count]
+    rms_norm = config.normalization == "RMSNorm"
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, backend, is_moe=experts > 0) for experts in counts],
+        layer_norm=backend.layer_norm(rms_norm=rms_norm),
+    )
+
+
+def layer_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider, *, is_moe: bool) -> ModuleSpec:
+    """One transformer layer, dense or MoE; the number of experts comes with the layer's config."""
+    rms_norm = config.normalization == "RMSNorm"
+    fused = backend.fuse_layernorm_and_linear()
+    norm = backend.layer_norm(rms_norm=rms_norm, has_residual=True)
+    qk_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm if is_moe or not fused else IdentityOp,
+            mlp=moe_spec(config, backend) if is_moe else dense_spec(backend, fused),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def dense_spec(backend: BackendSpecProvider, fused: bool) -> Any:
+    """Builder of a dense MLP."""
+    first = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    return partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=first, linear_fc2=backend.row_parallel_linear()),
+    )
+
+
+def moe_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider) -> Any:
+    """Builder of an MoE layer: router by name, experts by backend, residual and shared MLPs where asked for."""
+    mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    return partial(
+        PyramidMoELayer,
+        submodules=PyramidMoESubmodules(
+            experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
+            shared_experts=partial(SharedExpertMLP, submodules=mlp),
+            router=ROUTERS[config.router_type],
+            residual=mlp,
+        ),
+    )

@@ -1,0 +1,163 @@
+"""megatron-core's `TransformerConfig` for a run, with one expert count per layer.
+
+The one supported hook for layers that differ is `get_config_for_layer`, called by
+`megatron/core/transformer/transformer_block.py:TransformerBlock._build_layers` when `heterogeneous_block_specs` is
+set. Everything inside an MoE layer reads its count from the config it was built with, so a copy per layer suffices.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.layout import expert_layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class PyramidTransformerConfig(TransformerConfig):
+    """`TransformerConfig` plus what this package's MoE layers need."""
+
+    experts_per_layer: tuple[int, ...] = ()
+    """Experts of each layer, 0 for a dense one; as long as the model is deep."""
+    residual_mlp: bool = False
+    """A dense MLP beside the experts of every MoE layer."""
+    residual_combine: str = "softmax"
+    """`softmax` or `add`."""
+    router_type: str = "topk"
+    """Key into `megatron_moe.moe.routers.ROUTERS`."""
+
+    def get_config_for_layer(self, layer_number: int) -> "PyramidTransformerConfig":
+        """Config of layer `layer_number`, counted from 1 over the whole model."""
+        layer_config = copy.copy(self)
+        layer_config.num_moe_experts = self.experts_per_layer[layer_number - 1] or self.num_moe_experts
+        return layer_config
+
+
+def build_transformer_config(run: RunConfig, *, inference: bool = False) -> PyramidTransformerConfig:
+    """Translate a run's flags.
+
+    Args:
+        run: the resolved flags; sizes are validated already (`config/validate.py`).
+        inference: without dropout, token dropping and sequence parallelism, which would need sequences that the
+            tensor-parallel size divides.
+    """
+    model, parallel, training = run.model, run.parallel, run.training
+    dtype = DTYPES[training.precision]
+    layout = expert_layout(model, run.moe)
+    has_experts = layout.num_moe_layers > 0
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    return PyramidTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        attention_dropout=0.0 if inference else model.attention_dropout,
+        hidden_dropout=0.0 if inference else model.hidden_dropout,
+        init_method_std=model.init_method_std,
+        # Weights are drawn by model/init.py, the same for every layout.
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        transformer_impl=model.transformer_impl,
+        attention_softmax_in_fp32=True,
+        # These fusions need Apex, or compile at run time.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(run),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size if has_experts else 1,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        sequence_parallel=run.uses_sequence_parallel and not inference,
+        # With two stages that are each other's neighbours on both sides, one batch of sends and receives pairs them
+        # by order: activations and gradients get mixed up. Separate operations go through separate groups.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        # The mean over all tokens of a step, whatever the number of micro-batches and ranks.
+        calculate_per_token_loss=True,
+        **_recompute(run, inference),
+        **(_experts(run, inference) if has_experts else {}),
+        heterogeneous_block_specs=has_experts,
+        experts_per_layer=layout.experts_per_layer,
+    )
+
+
+def virtual_stages(run: RunConfig) -> int | None:
+    """Model chunks per pipeline rank, or None without interleaving."""
+    per_stage = run.parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None:
+        return None
+    return run.model.num_layers // (run.parallel.pipeline_model_parallel_size * per_stage)
+
+
+def _recompute(run: RunConfig, inference: bool) -> dict[str, Any]:
+    granularity = None if inference else run.training.granularity
+    if granularity is None:
+        return {}
+    if granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(run.training.recompute_modules or ("core_attn",)),
+        }
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": run.training.recompute_method,
+        "recompute_num_layers": run.training.recompute_num_layers or 1,
+    }
+
+
+def _experts(run: RunConfig, inference: bool) -> dict[str, Any]:
+    moe = run.moe
+    layout = expert_layout(run.model, moe)
+    sigmoid = moe.moe_router_score_function == "sigmoid"
+    return {
+        "num_moe_experts": layout.max_experts,
+        "moe_layer_freq": [1 if count else 0 for count in layout.experts_per_layer],
+        "residual_mlp": moe.mlp_type == "residual",
+        "residual_combine": moe.residual_combine,
+        "router_type": moe.router,
+        "moe_ffn_hidden_size": run.expert_ffn_size,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_router_score_function": moe.moe_router_score_function,
+        "moe_router_pre_softmax": moe.pre_softmax and not sigmoid,
+        "moe_router_topk_scaling_factor": moe.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": moe.moe_router_num_groups,
+        "moe_router_group_topk": moe.moe_router_group_topk,
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": 0.0 if moe.moe_router_load_balancing_type == "none" else moe.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
+        "moe_router_dtype": moe.moe_router_dtype,
+        "moe_input_jitter_eps": None if inference else moe.moe_input_jitter_eps,
+        "moe_expert_capacity_factor": None if inference else moe.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity and not inference,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": moe.moe_shared_expert_gate,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        # Transformer Engine's experts are grouped; the local ones are a loop.
+        "moe_grouped_gemm": run.model.transformer_impl == "transformer_engine",
+    }

@@ -1,0 +1,45 @@
+"""Experts: megatron-core's `SequentialMLP`, with the output bias counted once under expert tensor parallelism.
+
+With ETP ranks each expert's second matrix is split by rows; the partial products are summed by the dispatcher when
+tokens return. Upstream adds the whole bias on every rank before that sum, so it counts ETP times
+(`megatron/core/transformer/mlp.py:MLP.forward`), and marks it `sequence_parallel`, so that gradients of different
+experts would be summed over the tensor-parallel group (`tensor_parallel/layers.py:RowParallelLinear.__init__`).
+"""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
+from torch import Tensor
+
+
+class ExpertRowParallelLinear(RowParallelLinear):
+    """Second linear layer of an expert."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.bias is not None:
+            # Every rank of the expert's group sees all its tokens, so every rank has the whole gradient already.
+            self.bias.sequence_parallel = False
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Partial product [tokens, H] and this rank's share of the bias [H].
+
+        The share is bias / ETP in value, while the gradient stays that of the whole bias.
+        """
+        output, bias = super().forward(input_)
+        ranks = self.tp_group.size()
+        if bias is None or ranks == 1:
+            return output, bias
+        return output, bias + (bias / ranks - bias).detach()
+
+
+def sequential_experts() -> ExpertsBuilder:
+    """Builder of a loop over this rank's experts: the reference that every faster implementation must equal."""
+    return partial(
+        SequentialMLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRowParallelLinear),
+    )

@@ -1,0 +1,73 @@
+"""Top-k router: megatron-core's, without a bias on its logits, and counting what each expert receives.
+
+Extends `megatron/core/transformer/moe/router.py:TopKRouter`.
+
+Shape legend: S = sequence on this rank, B = batch, N = S * B tokens, E = experts of this layer, H = hidden size.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter as MegatronTopKRouter
+from torch import Tensor
+
+
+class TopKRouter(MegatronTopKRouter):
+    """Top-k routing with megatron-core's scores, losses, expert bias and capacity.
+
+    Upstream gives the router's linear layer a bias whenever the other layers have one; the GPT-MoE and PR-MoE
+    models have none (moe_systems: `E * h` parameters), so it is left out here.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+    ) -> None:
+        router_config = copy.copy(config)
+        router_config.add_bias_linear = False
+        super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        assert config.num_moe_experts is not None
+        counters = torch.zeros(config.num_moe_experts + 1, dtype=torch.float32, device=torch.cuda.current_device())
+        self.register_buffer("load_counters", counters, persistent=False)
+        self.load_counters: Tensor
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route.
+
+        Args:
+            logits: [S, B, E].
+            padding_mask: must be None; sequences are packed.
+
+        Returns:
+            Weights [N, E] and the routing map [N, E] (bool).
+        """
+        probs_NE, map_NE = super().routing(logits, padding_mask)
+        if self.training and torch.is_grad_enabled():
+            # Under recompute the first pass has no gradients: each token is counted once.
+            self._count(probs_NE.detach(), map_NE)
+        return probs_NE, map_NE
+
+    @torch.no_grad()
+    def _count(self, probs_NE: Tensor, map_NE: Tensor) -> None:
+        padded = self.config.moe_pad_expert_input_to_capacity
+        kept_NE = map_NE & (probs_NE > 0) if padded else map_NE
+        kept_E = kept_NE.sum(dim=0).to(torch.float32)
+        self.load_counters[:-1] += kept_E
+        self.load_counters[-1] += map_NE.shape[0] * self.topk - kept_E.sum()
+
+    def take_load(self) -> Tensor:
+        """Tokens per expert [E] and, last, dropped assignments since the last call, on this rank."""
+        counters = self.load_counters.clone()
+        self.load_counters.zero_()
+        return counters
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
+        """Keep the counters in fp32 when the module is converted to a half type: they count past 256."""
+        super()._apply(fn, recurse)
+        self.load_counters = self.load_counters.to(torch.float32)
+        return self
