@@ -1,9 +1,10 @@
 """Experts: how many in which layer, how they are combined with a dense MLP, and how tokens are routed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
+from megatron_moe.config.base import ConfigError, format_value, require, require_fraction, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,9 @@ class MoEConfig:
     """Group-limited routing: the experts form this many groups."""
     moe_router_group_topk: int | None = None
     """Group-limited routing: a token may use experts of this many groups."""
-    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = (
-        "aux_loss"
-    )
+    moe_router_load_balancing_type: Literal[
+        "none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"
+    ] = "aux_loss"
     """How the load is balanced: an auxiliary loss per micro-batch, per sequence or over the global batch, Sinkhorn
     assignment, or not at all."""
     moe_aux_loss_coeff: float = 0.01
@@ -101,6 +102,11 @@ class MoEConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.moe_layer_freq is not None and self.expert_interval != 1:
+            raise ConfigError(
+                f"--moe-layer-freq and --expert-interval {self.expert_interval}: give one of them "
+                "(--expert-interval 1 is the default)"
+            )
         if self.mlp_type == "residual" and self.num_experts is None:
             raise ConfigError("--mlp-type residual: needs --num-experts")
         if self.mlp_type == "residual" and self.moe_shared_expert_intermediate_size is not None:
@@ -132,3 +138,59 @@ class MoEConfig:
         if self.moe_router_pre_softmax is not None:
             return self.moe_router_pre_softmax
         return self.moe_router_topk == 1
+
+    def experts_per_layer(self, num_layers: int) -> tuple[int, ...]:
+        """Experts of every layer in order, 0 for a dense one.
+
+        Raises:
+            ConfigError: --num-experts or --moe-layer-freq has a length that does not fit `num_layers`, or no layer
+                would be a MoE layer.
+        """
+        if self.num_experts is None:
+            return (0,) * num_layers
+        moe_layers = self._moe_layers(num_layers)
+        if len(self.num_experts) not in (1, len(moe_layers)):
+            numbers = ", ".join(str(number) for number in moe_layers)
+            raise ConfigError(
+                f"--num-experts {format_value(self.num_experts)}: must be one count, or {len(moe_layers)} counts for "
+                f"the MoE layers {numbers}; got {len(self.num_experts)}"
+            )
+        counts = self.num_experts if len(self.num_experts) > 1 else self.num_experts * len(moe_layers)
+        by_layer = dict(zip(moe_layers, counts, strict=True))
+        return tuple(by_layer.get(number, 0) for number in range(1, num_layers + 1))
+
+    def _moe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Numbers of the MoE layers, counted from 1; at least one."""
+        pattern = self.moe_layer_freq
+        if pattern is None:
+            layers = tuple(range(self.expert_interval, num_layers + 1, self.expert_interval))
+            require(
+                len(layers) > 0, "expert_interval", self.expert_interval, f"at most --num-layers {num_layers}"
+            )
+            return layers
+        legal = f"one 0 (dense) or 1 (MoE) for each of the {num_layers} layers, with at least one 1"
+        valid = len(pattern) == num_layers and set(pattern) <= {0, 1} and 1 in pattern
+        require(valid, "moe_layer_freq", pattern, f"{legal}; got {len(pattern)} numbers")
+        return tuple(number for number, is_moe in enumerate(pattern, 1) if is_moe)
+
+
+def check_expert_parallel(experts_per_layer: Sequence[int], expert_parallel_size: int) -> None:
+    """Every MoE layer's count must be a multiple of the expert-parallel size.
+
+    Args:
+        experts_per_layer: experts of every layer in order, 0 for a dense one.
+        expert_parallel_size: ranks over which the experts of a layer are spread.
+
+    Raises:
+        ConfigError: names the first count that is not, and the layers that have it.
+    """
+    if expert_parallel_size > 1 and not any(experts_per_layer):
+        raise ConfigError(f"--expert-model-parallel-size {expert_parallel_size}: needs --num-experts")
+    wrong = [count for count in experts_per_layer if count % expert_parallel_size]
+    if wrong:
+        layers = [str(number) for number, count in enumerate(experts_per_layer, 1) if count == wrong[0]]
+        have = f"layers {', '.join(layers)} have" if len(layers) > 1 else f"layer {layers[0]} has"
+        raise ConfigError(
+            f"--expert-model-parallel-size {expert_parallel_size}: must divide the number of experts of every layer; "
+            f"{have} {wrong[0]}"
+        )

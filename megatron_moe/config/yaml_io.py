@@ -1,0 +1,198 @@
+"""Config files: read with every key and type checked, written so that reading gives the same values back.
+
+A file nests fields by section, like
+
+    model:
+      num_layers: 24
+    moe:
+      num_experts: [32, 32, 64]
+
+Only the keys that are given are set. `config.yaml` in a run's directory holds all of them, with their help.
+"""
+
+import textwrap
+from collections.abc import Hashable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_moe.config.base import ConfigError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.schema import nearest, run_sections, section_fields
+
+Values = dict[str, dict[str, Any]]
+"""Section name -> field name -> value: what a recipe, a file or the command line sets."""
+
+
+_NO_WRAP = 10**9
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """The run that a config file describes; what it leaves out has its default.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or a value in it is wrong.
+    """
+    return build_run(load_values(path, run_sections(RunConfig)))
+
+
+def build_run(*layers: Values) -> RunConfig:
+    """The run that results from layers of values, later ones going over earlier ones, field by field.
+
+    Raises:
+        ConfigError: a value, or a combination of values, is illegal.
+    """
+    sections = {}
+    for name, section in run_sections(RunConfig).items():
+        values: dict[str, Any] = {}
+        for layer in layers:
+            values.update(layer.get(name, {}))
+        sections[name] = section(**values)
+    return RunConfig(**sections)
+
+
+def save_run(run: RunConfig, path: str | Path) -> None:
+    """Write every value of a run, reusable with --config."""
+    Path(path).write_text(dump_run(run), encoding="utf-8")
+
+
+def dump_run(run: RunConfig) -> str:
+    """Every value of a run as YAML, each under its help."""
+    return dump_sections({name: getattr(run, name) for name in run_sections(RunConfig)})
+
+
+def dump_sections(sections: Mapping[str, Any]) -> str:
+    """Section instances by name as YAML, each value under its help."""
+    lines = []
+    for name, section in sections.items():
+        lines.append(f"{name}:")
+        for field, spec in section_fields(section.__class__).items():
+            lines += [f"  # {line}" for line in textwrap.wrap(spec.help, width=106)]
+            lines += [f"  {line}" for line in _dump_field(field, getattr(section, field)).splitlines()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def load_values(path: str | Path, sections: Mapping[str, type]) -> Values:
+    """The values that a config file sets, with their types checked.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has an unknown key or a value of a wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from error
+    return parse_values(text, str(path), sections)
+
+
+def recipe_names() -> list[str]:
+    """Names that --recipe takes, sorted."""
+    folder = resources.files("megatron_moe.config") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Values:
+    """The values that a packaged recipe sets.
+
+    Raises:
+        ConfigError: there is no recipe of that name; the message lists them.
+    """
+    names = recipe_names()
+    if name not in names:
+        near = nearest(name, names)
+        hint = f"did you mean {near}? " if near else ""
+        raise ConfigError(f"--recipe {name}: unknown; {hint}There are: {', '.join(names)}")
+    text = (resources.files("megatron_moe.config") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_values(text, f"recipe {name}", run_sections(RunConfig))
+
+
+def parse_values(text: str, source: str, sections: Mapping[str, type]) -> Values:
+    """The values that YAML text sets; `source` names it in errors.
+
+    Raises:
+        ConfigError: not YAML, an unknown or repeated key, or a value of a wrong type.
+    """
+    try:
+        document = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}{_yaml_problem(error)}") from error
+    values: Values = {}
+    for name, body in _mapping(document, source, "the file").items():
+        if name not in sections:
+            raise ConfigError(f"{source}: {name}: unknown section; {_suggest_section(name, sections)}")
+        values[name] = _parse_section(body, f"{source}: {name}", sections[name])
+    return values
+
+
+def _parse_section(body: Any, source: str, section: type) -> dict[str, Any]:
+    fields = section_fields(section)
+    values = {}
+    for key, value in _mapping(body, source, "a section").items():
+        if key not in fields:
+            near = nearest(str(key), fields)
+            hint = f"did you mean {near}?" if near else f"the section has {', '.join(fields)}"
+            raise ConfigError(f"{source}.{key}: unknown key; {hint}")
+        spec = fields[key]
+        try:
+            values[key] = spec.value_from_yaml(value)
+        except ValueError as error:
+            legal = f"a list of {spec.legal}" if spec.many else spec.legal
+            quote = " (in quotes)" if spec.legal == "text" else ""
+            shown = "null" if value is None else str(value)
+            raise ConfigError(f"{source}.{key}: {shown}: must be {legal}{quote}") from error
+    return values
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """PyYAML's several lines in one: where, and what."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f", line {error.problem_mark.line + 1}: {error.problem}"
+    return f": {' '.join(str(error).split())}"
+
+
+def _suggest_section(name: Any, sections: Mapping[str, type]) -> str:
+    """What a key that is no section could have meant: a field at the wrong level, or a section spelled wrong."""
+    for section_name, section in sections.items():
+        if name in section_fields(section):
+            return f"it belongs under {section_name}:"
+    near = nearest(str(name), sections)
+    return f"did you mean {near}?" if near else f"sections are {', '.join(sections)}"
+
+
+def _mapping(value: Any, source: str, what: str) -> dict[Any, Any]:
+    """`value` as a mapping; nothing at all counts as an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: {what} must be a mapping (key: value), not {type(value).__name__}")
+    return value
+
+
+def _dump_field(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        items: str = yaml.safe_dump(list(value), default_flow_style=True, allow_unicode=True, width=_NO_WRAP)
+        return f"{name}: {items}"
+    text: str = yaml.safe_dump({name: value}, allow_unicode=True, width=_NO_WRAP)
+    return text
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, but a repeated key is an error: PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # the base class reports it
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key} given twice", key_node.start_mark
+                )
+            seen.add(key)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
