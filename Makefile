@@ -39,7 +39,9 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 	    "$$python" -m venv $(VENV) || exit 1; \
 	fi
 	@echo "==> installing requirements.txt into $(VENV) (the first time: several GB, some minutes)"
-	@quiet=-q; [ -t 1 ] && quiet=; $(PY) -m pip install $$quiet --disable-pip-version-check -r requirements.txt
+	@quiet=-q; [ -t 1 ] && quiet=; \
+	$(PY) -m pip install $$quiet --disable-pip-version-check -r requirements.txt || { \
+	    echo "install failed; run make again to go on, or use a python3 that has everything: NO_VENV=1" >&2; exit 1; }
 	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo "==> installed"
@@ -66,7 +68,7 @@ format: $(STAMP) ## format the code and mend what lint can mend
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-gpu-check: $(STAMP) ## run the gpu tests and the benchmarks (exit code 3 where there is no GPU)
+gpu-check: $(STAMP) ## run the gpu tests and the benchmarks (an error where there is no GPU)
 	@bash tools/gpu_check.sh
 
 clean: ## remove caches and build output (.venv and runs stay)
