@@ -182,7 +182,9 @@ def check_library(distribution: str, module: str) -> Finding:
 def check_tensorboard() -> Finding:
     """TensorBoard, which a run can do without."""
     if _find("tensorboard") is None:
-        return Finding("tensorboard", "warning", "not installed: give --no-tensorboard", "pip install tensorboard")
+        return Finding(
+            "tensorboard", "warning", "not installed: give --no-tensorboard", "pip install tensorboard"
+        )
     return Finding("tensorboard", "ok", _version("tensorboard") or "unknown version")
 
 
