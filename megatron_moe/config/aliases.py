@@ -64,6 +64,8 @@ _ALWAYS = "remove it; this is how it always works here"
 _TENSORBOARD = (
     "remove it; TensorBoard events are written to the tensorboard folder of --save (--no-tensorboard: not)"
 )
+_RECOMPUTE = "use --recompute-granularity full --recompute-method uniform --recompute-num-layers N"
+_SCHEDULE = "remove it; the schedule is the command line's. --finetune starts it afresh"
 _ITERATIONS = "count in steps: tokens / (--global-batch-size x --seq-length)"
 _GENERATE = "is no training flag; generate with python -m megatron_moe.generate --load RUN"
 _DISTILLATION = "remove it; distillation (MoS) is not part of pretraining"
@@ -72,17 +74,17 @@ _DEEPSPEED = "remove it; DeepSpeed is not used. ZeRO-1 is --use-distributed-opti
 
 REFUSED: dict[str, str] = {
     # memory and parallelism
-    "--zero-2-memory-optimization": "gradients are not sharded here; use --use-distributed-optimizer, which shards "
-    "the optimizer state (ZeRO-1)",
+    "--zero-2-memory-optimization": "gradients are not sharded here; use --use-distributed-optimizer, which "
+    "shards the optimizer state (ZeRO-1)",
     "--zero-3-memory-optimization": "weights are not sharded over data-parallel ranks here; use "
     "--use-distributed-optimizer and tensor, pipeline or expert parallelism",
     "--fsdp-memory-optimization": "weights are not sharded over data-parallel ranks here; use "
     "--use-distributed-optimizer and tensor, pipeline or expert parallelism",
     "--zero-stage": "for stage 1 use --use-distributed-optimizer; stages 2 and 3 are not available",
     "--cpu-offload": "the optimizer state stays on the device; shard it with --use-distributed-optimizer",
-    "--checkpoint-num-layers": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers N",
+    "--checkpoint-num-layers": _RECOMPUTE,
     "--activations-checkpoint-method": "use --recompute-granularity full --recompute-method uniform or block",
-    "--partition-activations": "use --sequence-parallel, which splits the kept activations over tensor-parallel ranks",
+    "--partition-activations": "use --sequence-parallel, which splits the kept activations",
     "--distribute-saved-activations": "use --sequence-parallel, which splits the kept activations",
     "--checkpoint-in-cpu": "kept activations stay on the device; recompute more, or use --sequence-parallel",
     "--no-pipeline-parallel": "remove it; --pipeline-model-parallel-size 1 is the default",
@@ -94,12 +96,11 @@ REFUSED: dict[str, str] = {
     "--use-cpu-initialization": "remove it; weights depend on --seed alone, on any device",
     "--deepspeed": _DEEPSPEED,
     "--deepspeed_config": _DEEPSPEED,
-    "--deepspeed-activation-checkpointing": "use --recompute-granularity full --recompute-method uniform "
-    "--recompute-num-layers 1",
+    "--deepspeed-activation-checkpointing": _RECOMPUTE,
     # experts
     "--moe-eval-capacity-factor": "remove it; generation and scoring drop no tokens",
-    "--moe-min-capacity": "remove it; megatron-core has no smallest capacity, it is --moe-expert-capacity-factor "
-    "x tokens x top-k / experts, rounded up",
+    "--moe-min-capacity": "remove it; an expert's capacity has no lower limit in megatron-core (tokens x "
+    "top-k / experts x --moe-expert-capacity-factor, rounded up)",
     "--create-moe-param-group": _ALWAYS,
     "--use-tutel": "remove it; megatron-core's dispatcher is used (--moe-token-dispatcher-type)",
     "--moe-grouped-gemm": "remove it; python -m megatron_moe.doctor says what computes the experts",
@@ -134,11 +135,12 @@ REFUSED: dict[str, str] = {
     "--lr-warmup-samples": "use --lr-warmup-iters: samples / --global-batch-size",
     "--lr-wsd-decay-samples": "use --lr-wsd-decay-iters: samples / --global-batch-size",
     "--warmup": "use --lr-warmup-fraction or --lr-warmup-iters",
-    "--override-lr-scheduler": "remove it; the schedule is the command line's. --finetune starts it afresh",
-    "--override-opt_param-scheduler": "remove it; the schedule is the command line's. --finetune starts it afresh",
-    "--override-opt-param-scheduler": "remove it; the schedule is the command line's. --finetune starts it afresh",
+    "--override-lr-scheduler": _SCHEDULE,
+    "--override-opt_param-scheduler": _SCHEDULE,
+    "--override-opt-param-scheduler": _SCHEDULE,
     "--exit-interval": "use --train-iters",
-    "--pretrained-model-name-or-path": "convert the checkpoint (tools/convert_checkpoint), then --load DIR --finetune",
+    "--pretrained-model-name-or-path": "convert the checkpoint with tools/convert_checkpoint, then "
+    "use --load DIR --finetune",
     "--use-dist-ckpt": _ALWAYS,
     "--use-checkpoint-args": "use --config RUN/config.yaml",
     "--ckpt-format": _ALWAYS,
@@ -230,7 +232,8 @@ def translate(argv: Sequence[str], known: set[str]) -> list[str]:
 
 
 def _refuse(name: str, value: str, known: set[str]) -> None:
-    """Raise for a flag or value that has no meaning here, unless the parser at hand has a flag of that name."""
+    """Raise for a flag or value that has no meaning here, unless the parser at hand has a flag of that
+    name."""
     if name in REFUSED and name not in known:
         raise ConfigError(f"{name}: {REFUSED[name]}")
     reason = REFUSED_VALUES.get(name, {}).get(value)
@@ -252,7 +255,8 @@ def _flags(words: Sequence[str]) -> set[str]:
 
 
 def _claim(flag: str, name: str, known: set[str], set_by: dict[str, str]) -> None:
-    """Note that `name` sets `flag`; two names for one flag are an error, one name twice is not (the last wins)."""
+    """Note that `name` sets `flag`; two names for one flag are an error, one name twice is not (the last
+    wins)."""
     positive = "--" + flag.removeprefix("--no-")
     target = positive if positive in known else flag
     earlier = set_by.setdefault(target, name)

@@ -1,7 +1,7 @@
 """What every config section shares: the error type and the help text that stands under a field.
 
-A section is a frozen dataclass whose fields are flags. The string literal under a field is its help: `field_help`
-reads it from the source, so `--help`, the YAML comments and the docs have one origin.
+A section is a frozen dataclass whose fields are flags. The string literal under a field is its help:
+`field_help` reads it from the source, so `--help`, the YAML comments and the docs have one origin.
 """
 
 import ast

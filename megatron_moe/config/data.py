@@ -8,7 +8,8 @@ from megatron_moe.config.base import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data flags. Prefixes name a .bin/.idx pair without its ending (tools/preprocess_data.py writes them)."""
+    """Data flags. Prefixes name a .bin/.idx pair without its ending (tools/preprocess_data.py writes
+    them)."""
 
     data_path: tuple[str, ...] | None = None
     """Prefixes, or weights and prefixes in turn (0.3 a 0.7 b); --split divides them."""
@@ -31,7 +32,8 @@ class DataConfig:
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
         "SentencePieceTokenizer"
     )
-    """SentencePiece model, Hugging Face tokenizer folder, or none: ids 0..vocab_size-1, the last one ends documents."""
+    """SentencePiece model, Hugging Face tokenizer folder, or none: ids 0..vocab_size-1, the last one ends
+    documents."""
     tokenizer_model: str | None = None
     """The .model file or the tokenizer's folder."""
 

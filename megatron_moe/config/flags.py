@@ -1,7 +1,7 @@
 """The command line: an argparse parser made from the section dataclasses, so that a field is a flag.
 
-`parse_run` is the training command line (defaults < --recipe < --config < flags); `parse_sections` serves the other
-entry points, which bring their own dataclasses. Every mistake is a `ConfigError` of one line.
+`parse_run` is the training command line (defaults < --recipe < --config < flags); `parse_sections` serves the
+other entry points, which bring their own dataclasses. Every mistake is a `ConfigError` of one line.
 """
 
 import argparse
@@ -193,7 +193,8 @@ def _parse(
 
 
 def _as_value(spec: FieldSpec, value: Any) -> Any:
-    """What argparse collected as the field's value: a tuple where the field is one, None where it was unset."""
+    """What argparse collected as the field's value: a tuple where the field is one, None where it was
+    unset."""
     if not spec.many:
         return value
     if None not in value:

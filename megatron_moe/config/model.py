@@ -15,8 +15,8 @@ class ModelConfig:
     hidden_size: int = 128
     """Width of the residual stream."""
     ffn_hidden_size: int | None = None
-    """Width of a dense MLP and, unless --moe-ffn-hidden-size is given, of an expert. Default: 4 x hidden size;
-    with --swiglu 8/3 x hidden size, rounded down to a multiple of 64 (as Megatron-LM)."""
+    """Width of a dense MLP and, unless --moe-ffn-hidden-size is given, of an expert. Default: 4 x hidden
+    size; with --swiglu 8/3 x hidden size, rounded down to a multiple of 64 (as Megatron-LM)."""
     num_attention_heads: int = 4
     """Number of attention heads."""
     num_query_groups: int | None = None
@@ -26,7 +26,8 @@ class ModelConfig:
     seq_length: int = 256
     """Tokens in a training sample."""
     max_position_embeddings: int | None = None
-    """Rows of the learned position table, and the longest text that can be generated. Default: --seq-length."""
+    """Rows of the learned position table, and the longest text that can be generated. Default:
+    --seq-length."""
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
     """How positions enter: a learned table, rotary embeddings, or not at all."""
     rotary_base: int = 10000
@@ -56,14 +57,14 @@ class ModelConfig:
     vocab_size: int | None = None
     """Vocabulary before padding. Default: the tokenizer's."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it, so that the padded
-    size, and with it the weights, do not depend on the layout."""
+    """The vocabulary is padded to a multiple of this; the tensor-parallel size must divide it, so that the
+    padded size, and with it the weights, do not depend on the layout."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Who provides linear layers, norms and attention: megatron-core's plain torch modules with this package's
-    attention and norms, or Transformer Engine (CUDA; pip install 'megatron_moe[te]')."""
+    """Who provides linear layers, norms and attention: megatron-core's plain torch modules with this
+    package's attention and norms, or Transformer Engine (CUDA; pip install 'megatron_moe[te]')."""
     attention_backend: Literal["sdpa", "unfused"] = "sdpa"
-    """Core attention of the local implementation: torch's scaled_dot_product_attention, or megatron-core's own
-    DotProductAttention, which keeps the S x S matrix (for comparison)."""
+    """Core attention of the local implementation: torch's scaled_dot_product_attention, or megatron-core's
+    own DotProductAttention, which keeps the S x S matrix (for comparison)."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -12,7 +12,8 @@ class MoEConfig:
     """Mixture-of-experts flags. Without --num-experts the model is dense."""
 
     num_experts: tuple[int, ...] | None = None
-    """Experts per MoE layer: one count for all of them, or one count for each MoE layer in order (a pyramid)."""
+    """Experts per MoE layer: one count for all of them, or one count for each MoE layer in order (a
+    pyramid)."""
     expert_interval: int = 1
     """Layers K, 2K, 3K, ... (counted from 1) are MoE layers; the others are dense."""
     moe_layer_freq: tuple[int, ...] | None = None
@@ -31,8 +32,8 @@ class MoEConfig:
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """Turns router logits into scores."""
     moe_router_pre_softmax: bool | None = None
-    """Softmax over all experts before the top-k choice (weights do not sum to 1) instead of over the chosen ones.
-    Default: on for top-1, where the other order would give weight 1 to every token, off otherwise."""
+    """Softmax over all experts before the top-k choice (weights do not sum to 1) instead of over the chosen
+    ones. Default: on for top-1, where the other order would give weight 1 to every token, off otherwise."""
     moe_router_topk_scaling_factor: float | None = None
     """Multiplies the chosen experts' weights (needs pre-softmax or sigmoid)."""
     moe_router_num_groups: int | None = None
@@ -42,8 +43,8 @@ class MoEConfig:
     moe_router_load_balancing_type: Literal[
         "none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"
     ] = "aux_loss"
-    """How the load is balanced: an auxiliary loss per micro-batch, per sequence or over the global batch, Sinkhorn
-    assignment, or not at all."""
+    """How the load is balanced: an auxiliary loss per micro-batch, per sequence or over the global batch,
+    Sinkhorn assignment, or not at all."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the auxiliary loss of --moe-router-load-balancing-type."""
     moe_z_loss_coeff: float | None = None
@@ -57,8 +58,8 @@ class MoEConfig:
     moe_input_jitter_eps: float | None = None
     """Multiplies the router's input by U(1-eps, 1+eps) in training."""
     moe_expert_capacity_factor: float | None = None
-    """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts. Default: dropless.
-    Generation and scoring are always dropless."""
+    """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts. Default:
+    dropless. Generation and scoring are always dropless."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity (needs --moe-expert-capacity-factor)."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"
@@ -118,6 +119,7 @@ class MoEConfig:
             raise ConfigError("--moe-pad-expert-input-to-capacity: needs --moe-expert-capacity-factor")
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise ConfigError("--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid")
+        self._check_router_scores()
         if (self.moe_router_num_groups is None) != (self.moe_router_group_topk is None):
             raise ConfigError("--moe-router-num-groups and --moe-router-group-topk: give both or neither")
         if self.moe_router_load_balancing_type == "sinkhorn" and self.moe_aux_loss_coeff > 0:
@@ -128,12 +130,31 @@ class MoEConfig:
         if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
             raise ConfigError("--moe-shared-expert-gate: needs --moe-shared-expert-intermediate-size")
 
+    def _check_router_scores(self) -> None:
+        softmax = self.moe_router_score_function == "softmax"
+        if softmax and self.moe_router_topk == 1 and not self.pre_softmax:
+            raise ConfigError(
+                "--no-moe-router-pre-softmax: needs --moe-router-topk of at least 2; with one expert the "
+                "weight would always be 1"
+            )
+        factor = self.moe_router_topk_scaling_factor
+        if factor is not None and softmax and not self.pre_softmax:
+            raise ConfigError(
+                f"--moe-router-topk-scaling-factor {factor}: needs --moe-router-pre-softmax or "
+                "--moe-router-score-function sigmoid"
+            )
+        if self.moe_router_load_balancing_type == "sinkhorn" and self.moe_expert_capacity_factor is not None:
+            raise ConfigError(
+                f"--moe-expert-capacity-factor {self.moe_expert_capacity_factor}: cannot be combined with "
+                "--moe-router-load-balancing-type sinkhorn, which balances the load itself"
+            )
+
     @property
     def pre_softmax(self) -> bool:
         """Whether softmax comes before top-k, after the default is applied.
 
-        megatron-core refuses top-1 with softmax after top-k (`topk_routing_with_score_function`): the weight would
-        be 1 for every token and the router would get no gradient.
+        megatron-core refuses top-1 with softmax after top-k (`topk_routing_with_score_function`): the weight
+        would be 1 for every token and the router would get no gradient.
         """
         if self.moe_router_pre_softmax is not None:
             return self.moe_router_pre_softmax
@@ -143,8 +164,8 @@ class MoEConfig:
         """Experts of every layer in order, 0 for a dense one.
 
         Raises:
-            ConfigError: --num-experts or --moe-layer-freq has a length that does not fit `num_layers`, or no layer
-                would be a MoE layer.
+            ConfigError: --num-experts or --moe-layer-freq has a length that does not fit `num_layers`, or no
+                layer would be a MoE layer.
         """
         if self.num_experts is None:
             return (0,) * num_layers
@@ -152,8 +173,8 @@ class MoEConfig:
         if len(self.num_experts) not in (1, len(moe_layers)):
             numbers = ", ".join(str(number) for number in moe_layers)
             raise ConfigError(
-                f"--num-experts {format_value(self.num_experts)}: must be one count, or {len(moe_layers)} counts for "
-                f"the MoE layers {numbers}; got {len(self.num_experts)}"
+                f"--num-experts {format_value(self.num_experts)}: must be one count, or {len(moe_layers)} "
+                f"counts for the MoE layers {numbers}; got {len(self.num_experts)}"
             )
         counts = self.num_experts if len(self.num_experts) > 1 else self.num_experts * len(moe_layers)
         by_layer = dict(zip(moe_layers, counts, strict=True))
@@ -191,6 +212,6 @@ def check_expert_parallel(experts_per_layer: Sequence[int], expert_parallel_size
         layers = [str(number) for number, count in enumerate(experts_per_layer, 1) if count == wrong[0]]
         have = f"layers {', '.join(layers)} have" if len(layers) > 1 else f"layer {layers[0]} has"
         raise ConfigError(
-            f"--expert-model-parallel-size {expert_parallel_size}: must divide the number of experts of every layer; "
-            f"{have} {wrong[0]}"
+            f"--expert-model-parallel-size {expert_parallel_size}: must divide the number of experts of "
+            f"every layer; {have} {wrong[0]}"
         )

@@ -8,8 +8,8 @@ from megatron_moe.config.base import ConfigError, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the parallel groups. world = tensor x pipeline x context x data; the experts of a layer are spread
-    over expert x expert-tensor ranks inside tensor x context x data."""
+    """Sizes of the parallel groups. world = tensor x pipeline x context x data; the experts of a layer are
+    spread over expert x expert-tensor ranks inside tensor x context x data."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run. `auto` takes CUDA when there is a GPU, else the CPU with gloo."""
@@ -26,8 +26,8 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert's matrices. Default: --tensor-model-parallel-size."""
     sequence_parallel: bool = False
-    """Split norms and dropouts along the sequence over the tensor-parallel ranks. Always on for a model with experts
-    under tensor parallelism (megatron-core requires it)."""
+    """Split norms and dropouts along the sequence over the tensor-parallel ranks. Always on for a model with
+    experts under tensor parallelism (megatron-core requires it)."""
     use_distributed_optimizer: bool = False
     """ZeRO-1: shard the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -56,8 +56,8 @@ class ParallelConfig:
             )
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
-                f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: needs "
-                "--pipeline-model-parallel-size of at least 2"
+                f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: "
+                "needs --pipeline-model-parallel-size of at least 2"
             )
 
     @property
@@ -75,8 +75,9 @@ class ParallelConfig:
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
         sizes = (
-            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{self.pipeline_model_parallel_size} x --context-parallel-size {self.context_parallel_size}"
+            f"--tensor-model-parallel-size {self.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {self.context_parallel_size}"
         )
         if world_size % model:
             raise ConfigError(
@@ -87,7 +88,7 @@ class ParallelConfig:
             raise ConfigError(
                 f"--expert-tensor-parallel-size {self.expert_tensor_size} x --expert-model-parallel-size "
                 f"{self.expert_model_parallel_size} x --pipeline-model-parallel-size "
-                f"{self.pipeline_model_parallel_size} = {expert}: must divide the number of processes, which is "
-                f"{world_size}"
+                f"{self.pipeline_model_parallel_size} = {expert}: must divide the number of processes, "
+                f"which is {world_size}"
             )
         return world_size // model

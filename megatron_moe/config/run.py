@@ -19,7 +19,8 @@ class CheckpointConfig:
     save: str | None = None
     """The run's directory: checkpoints, config.yaml, metrics.jsonl, expert_load.jsonl, tensorboard/."""
     load: str | None = None
-    """Go on from the latest checkpoint of this run. With the same folder as --save, an empty one starts afresh."""
+    """Go on from the latest checkpoint of this run. With the same folder as --save, an empty one starts
+    afresh."""
     save_interval: int | None = None
     """Save every this many steps; the last step is always saved."""
     keep_last: int | None = None
@@ -78,7 +79,9 @@ class RunConfig:
         """Sequence parallelism as asked for, or as megatron-core requires it to train experts under tensor
         parallelism (`moe_layer.py:MoELayer.forward` refuses to run without)."""
         has_experts = self.moe.num_experts is not None
-        return self.parallel.sequence_parallel or (has_experts and self.parallel.tensor_model_parallel_size > 1)
+        return self.parallel.sequence_parallel or (
+            has_experts and self.parallel.tensor_model_parallel_size > 1
+        )
 
     @property
     def expert_ffn_size(self) -> int:

@@ -1,7 +1,7 @@
 """The type of every config field, read once from its dataclass and used by the flags and by the YAML files.
 
-A field is `bool`, `int`, `float`, `str`, `Literal[...]` of strings or `tuple[int, ...]`-like, each possibly `| None`.
-Any other annotation is a mistake of the programmer and raises `TypeError`.
+A field is `bool`, `int`, `float`, `str`, `Literal[...]` of strings or `tuple[int, ...]`-like, each possibly
+`| None`. Any other annotation is a mistake of the programmer and raises `TypeError`.
 """
 
 import dataclasses

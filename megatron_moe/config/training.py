@@ -15,11 +15,11 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples a data-parallel rank processes at once."""
     global_batch_size: int | None = None
-    """Samples in an optimizer step over all ranks. Default: micro batch x data-parallel size. More than that is
-    gradient accumulation."""
+    """Samples in an optimizer step over all ranks. Default: micro batch x data-parallel size. More than that
+    is gradient accumulation."""
     rampup_batch_size: tuple[int, ...] | None = None
-    """START INCREMENT SAMPLES: grow the global batch from START to --global-batch-size in steps of INCREMENT over
-    SAMPLES samples."""
+    """START INCREMENT SAMPLES: grow the global batch from START to --global-batch-size in steps of INCREMENT
+    over SAMPLES samples."""
     train_iters: int | None = None
     """Stop after this many optimizer steps."""
     train_tokens: int | None = None
@@ -43,13 +43,16 @@ class TrainingConfig:
     hysteresis: int = 2
     """Overflows after which the loss scale halves."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers, or chosen modules, in the backward pass instead of keeping their activations."""
+    """Recompute whole layers, or chosen modules, in the backward pass instead of keeping their
+    activations."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recompute: groups of --recompute-num-layers layers, or only the first that many of a stage."""
+    """With full recompute: groups of --recompute-num-layers layers, or only the first that many of a
+    stage."""
     recompute_num_layers: int | None = None
     """Layers per group (uniform) or per stage (block)."""
     recompute_modules: tuple[str, ...] | None = None
-    """With selective recompute: any of core_attn, mlp, moe, layernorm, moe_act, shared_experts. Default: core_attn."""
+    """With selective recompute: any of core_attn, mlp, moe, layernorm, moe_act, shared_experts. Default:
+    core_attn."""
     recompute_activations: bool = False
     """Short for --recompute-granularity selective."""
     eval_interval: int = 100
@@ -74,6 +77,8 @@ class TrainingConfig:
         require(limit is None or limit > 0, "exit_duration_in_mins", limit, "greater than 0")
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16: give one of them")
+        if self.loss_scale is not None and not self.fp16:
+            raise ConfigError(f"--loss-scale {self.loss_scale}: needs --fp16")
         if self.rampup_batch_size is not None:
             require(
                 len(self.rampup_batch_size) == 3 and min(self.rampup_batch_size) >= 0,
@@ -96,6 +101,10 @@ class TrainingConfig:
         if granularity != "full" and self.recompute_method is not None:
             raise ConfigError(
                 f"--recompute-method {self.recompute_method}: needs --recompute-granularity full"
+            )
+        if granularity != "full" and self.recompute_num_layers is not None:
+            raise ConfigError(
+                f"--recompute-num-layers {self.recompute_num_layers}: needs --recompute-granularity full"
             )
         if granularity != "selective" and self.recompute_modules is not None:
             raise ConfigError("--recompute-modules: needs --recompute-granularity selective")
@@ -124,8 +133,8 @@ class TrainingConfig:
         size = self.batch_size(data_parallel_size)
         if size % per_pass:
             raise ConfigError(
-                f"--global-batch-size {size}: must be a multiple of --micro-batch-size {self.micro_batch_size} x "
-                f"data-parallel size {data_parallel_size} = {per_pass}"
+                f"--global-batch-size {size}: must be a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x data-parallel size {data_parallel_size} = {per_pass}"
             )
         return size // per_pass
 

@@ -155,7 +155,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _suggest_section(name: Any, sections: Mapping[str, type]) -> str:
-    """What a key that is no section could have meant: a field at the wrong level, or a section spelled wrong."""
+    """What a key that is no section could have meant: a field at the wrong level, or a section spelled
+    wrong."""
     for section_name, section in sections.items():
         if name in section_fields(section):
             return f"it belongs under {section_name}:"

@@ -1,6 +1,7 @@
 """Which layer has how many experts: the one place the model, the checkpoints and the reports ask.
 
-The rules of --num-experts, --expert-interval and --moe-layer-freq are in `MoEConfig.experts_per_layer`. No torch here.
+The rules of --num-experts, --expert-interval and --moe-layer-freq are in `MoEConfig.experts_per_layer`. No
+torch here.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class ExpertLayout:
         check_expert_parallel(self.experts_per_layer, expert_parallel_size)
 
     def describe(self) -> str:
-        """The MoE layers and their experts in short: `2,4,...,20: 32 experts; 22,24: 64 experts`, or `dense`."""
+        """The MoE layers and their experts in short: `2,4,...,20: 32 experts; 22,24: 64 experts`, or
+        `dense`."""
         pairs = [(number, self.experts_in(number)) for number in self.moe_layers]
         groups = [
             f"{_short_list([number for number, _ in group])}: {count} experts"
