@@ -28,12 +28,14 @@ export PY
 help: ## list the targets
 	@echo "usage: make TARGET"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@echo "variables: PYTHON=python3 (to make .venv with)  NO_VENV=1 (use PYTHON as it is, install nothing)"
+	@echo "           PYTEST_ARGS=\"-k router\"  WORKERS=2 (tests at a time)"
 
 # pip asks whichever index its own configuration names. torch is several GB: it is installed by the first pip call and
 # found in place by every later one; the package itself is linked without build isolation, so nothing comes twice.
 ifneq ($(STAMP),)
 $(STAMP): requirements.txt pyproject.toml setup.py
-	@if ! [ -x $(PY) ]; then \
+	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
 	    python=$$(sh tools/find_python.sh $(PYTHON)) || exit 1; \
 	    echo "==> creating $(VENV) with $$python"; \
 	    "$$python" -m venv $(VENV) || exit 1; \
@@ -57,12 +59,11 @@ test: $(STAMP) ## run all tests, the slow ones included
 	@$(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(PYTEST_ARGS)
 
 check: $(STAMP) ## check format, lint and types
-	@echo "==> ruff format"
-	@$(PY) -m ruff format --check .
-	@echo "==> ruff check"
-	@$(PY) -m ruff check .
-	@echo "==> mypy"
-	@$(PY) -m mypy
+	@status=0; \
+	echo "==> ruff format"; $(PY) -m ruff format --check . || status=1; \
+	echo "==> ruff check"; $(PY) -m ruff check . || status=1; \
+	echo "==> mypy"; $(PY) -m mypy || status=1; \
+	exit $$status
 
 format: $(STAMP) ## format the code and mend what lint can mend
 	@$(PY) -m ruff format .

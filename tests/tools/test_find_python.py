@@ -89,9 +89,12 @@ def test_make_stops_before_anything_is_made(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((root / name).read_bytes())
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "find_python.sh").write_bytes(SCRIPT.read_bytes())
+    # The make that may have started this test passes its own variables on.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "NO_VENV")}
     made = subprocess.run(
         ["make", "venv", "PYTHON=/nonexistent/python"],
         cwd=tmp_path,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
