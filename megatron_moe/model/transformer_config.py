@@ -32,6 +32,13 @@ class PyramidTransformerConfig(TransformerConfig):
     router_type: str = "topk"
     """Key into `megatron_moe.moe.routers.ROUTERS`."""
 
+    def __post_init__(self) -> None:
+        # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
+        # rank (transformer_config.py: "Bias in Moe is only supported when ETP==1"); moe/experts.py counts them once.
+        bias, self.add_bias_linear = self.add_bias_linear, False
+        super().__post_init__()
+        self.add_bias_linear = bias
+
     def get_config_for_layer(self, layer_number: int) -> "PyramidTransformerConfig":
         """Config of layer `layer_number`, counted from 1 over the whole model."""
         layer_config = copy.copy(self)

@@ -21,6 +21,9 @@ class ExpertRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # The dispatcher sums the ranks' partial products; with one rank there is nothing to sum, and going through
+        # upstream's all-reduce would return a view that MLP.forward may not add the bias to in place.
+        self.explicit_expert_comm = True
         if self.bias is not None:
             # Every rank of the expert's group sees all its tokens, so every rank has the whole gradient already.
             self.bias.sequence_parallel = False

@@ -73,6 +73,8 @@ def start(config: ParallelConfig) -> World:
     if device.type == "cpu":
         cpu.install()
     else:
+        # Keeps communication kernels from overtaking the compute they wait for (Megatron-LM's recommendation).
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:

@@ -7,8 +7,12 @@ import warnings
 UNACTIONABLE = (
     # megatron-core announces at import which optional GPU packages it did not find; `doctor` reports them properly.
     (r".*Apex is not installed.*", UserWarning),
-    (r".*Transformer Engine.* is not installed.*", UserWarning),
-    (r".*transformer_engine.*", ImportWarning),
+    (r".*Transformer Engine and Apex are not installed.*", UserWarning),
+    # Experts may have fewer tensor-parallel ranks than the rest of the model.
+    (r".*`sequence_parallel` is set to `True`, but tensor model parallel size is.*", UserWarning),
+    # Set on CUDA by runtime/distributed.py before the first kernel; meaningless on a CPU.
+    (r".*CUDA_DEVICE_MAX_CONNECTIONS.*", UserWarning),
+    (r".*full scope is deprecated.*", UserWarning),
     (r".*fused_weight_gradient_mlp_cuda.*", UserWarning),
     (r".*pynvml.*", FutureWarning),
 )
@@ -21,4 +25,5 @@ def silence_third_party_warnings() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -1,0 +1,104 @@
+"""Where checkpoints lie in a run's directory, and which of them is complete.
+
+A checkpoint is written under a temporary name and renamed when everything is in it; `latest_checkpointed_iteration.txt`
+names the newest one after that. No torch here.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_moe.config.base import UserError
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+UNFINISHED = ".unfinished"
+
+
+def checkpoint_folder(run_dir: str | Path, iteration: int) -> Path:
+    """`RUN/iter_0000100`."""
+    return Path(run_dir) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(run_dir: str | Path) -> int | None:
+    """Step of the newest complete checkpoint, or None where there is none.
+
+    Raises:
+        UserError: the file that names it is damaged, or names a checkpoint that is not there.
+    """
+    path = Path(run_dir) / LATEST_FILE
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise UserError(f"{path}: holds {text!r}, expected the number of a step")
+    iteration = int(text)
+    if not checkpoint_folder(run_dir, iteration).is_dir():
+        raise UserError(
+            f"{path}: names step {iteration}, but {checkpoint_folder(run_dir, iteration).name} is not there; "
+            f"write the step of a checkpoint that is, {_present(run_dir)}"
+        )
+    return iteration
+
+
+def find_checkpoint(run_dir: str | Path) -> Path:
+    """Folder of the newest complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(run_dir).is_dir():
+        raise UserError(f"--load {run_dir}: no such folder; give the --save folder of a run")
+    iteration = latest_iteration(run_dir)
+    if iteration is None:
+        raise UserError(f"--load {run_dir}: holds no checkpoint ({LATEST_FILE} is missing)")
+    return checkpoint_folder(run_dir, iteration)
+
+
+def publish(unfinished: Path, iteration: int) -> Path:
+    """Make a finished checkpoint visible: rename it, then point the latest-file at it."""
+    run_dir = unfinished.parent
+    folder = checkpoint_folder(run_dir, iteration)
+    _flush_to_disk(unfinished)
+    if folder.exists():
+        # Left by a run that went further and was then resumed from an earlier step.
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    _write_durably(run_dir / LATEST_FILE, f"{iteration}\n")
+    return folder
+
+
+def prune(run_dir: str | Path, keep_last: int) -> list[Path]:
+    """Delete all but the newest checkpoints; returns what was deleted."""
+    folders = sorted(path for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED and path.is_dir())
+    doomed = folders[:-keep_last]
+    for folder in doomed:
+        # Renamed first, so that a half-deleted checkpoint never looks like a whole one.
+        trash = folder.with_name(folder.name + UNFINISHED)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+    return doomed
+
+
+def _present(run_dir: str | Path) -> str:
+    names = sorted(path.name for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED)
+    return f"there are: {', '.join(names)}" if names else "there is none"
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,128 @@
+"""Reads a checkpoint under any parallel layout, after checking that it holds the same model."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
+from megatron_moe.checkpoint.state import METADATA, Progress, current_layout, model_state, optimizer_state, rng_state
+from megatron_moe.config.base import UserError, flag_name, format_value
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.yaml_io import load_run
+from megatron_moe.moe.layout import expert_layout
+from megatron_moe.runtime.seeds import restore_states, set_seeds
+
+# What may differ between a checkpoint and the run that loads it: it changes no weight's shape or meaning.
+FREE_MODEL_FLAGS = frozenset(
+    {"seq_length", "attention_dropout", "hidden_dropout", "init_method_std", "transformer_impl", "attention_backend"}
+)
+SHAPE_MOE_FLAGS = (
+    "mlp_type",
+    "residual_combine",
+    "router",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_enable_expert_bias",
+)
+
+
+def load_model(model: list[Any], folder: Path) -> None:
+    """Load weights alone, as generation and scoring need them.
+
+    Raises:
+        UserError: the checkpoint is damaged or holds other tensors than the model.
+    """
+    _read(model_state(model), model, folder)
+
+
+def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
+    """Put a run's state back from the newest checkpoint of --load; every rank calls it.
+
+    With --finetune only weights are taken; with --no-load-optim and --no-load-rng those parts are left as they are.
+    Random-number states belong to a layout: under another one they start anew from the seed and the step.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged, or of another model.
+    """
+    assert run.checkpoint.load is not None
+    folder = find_checkpoint(run.checkpoint.load)
+    check_same_model(run, folder)
+    if run.checkpoint.finetune:
+        load_model(model, folder)
+        optimizer.reload_model_params()
+        return Progress()
+    common = _common_state(folder)
+    saved = Progress(**common["progress"])
+    sharded = model_state(model)
+    wanted: dict[str, Any] = dict(sharded)
+    if not run.checkpoint.no_load_optim:
+        wanted["optimizer"] = optimizer_state(sharded, optimizer, is_loading=True)
+    same_layout = saved.layout == current_layout()
+    if same_layout and not run.checkpoint.no_load_rng:
+        wanted["rng_state"] = rng_state()
+    state = _read(wanted, model, folder)
+    if "optimizer" in wanted:
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        optimizer.reload_model_params()
+    scheduler.load_state_dict(common["scheduler"])
+    if "rng_state" in wanted:
+        restore_states(state["rng_state"])
+    elif not run.checkpoint.no_load_rng:
+        set_seeds(run.training.seed + saved.step)
+    return saved
+
+
+def check_same_model(run: RunConfig, folder: Path) -> None:
+    """Compare the model's flags with those the checkpoint was written with.
+
+    Raises:
+        UserError: the first flag that differs, both values.
+    """
+    saved = load_run(folder / CONFIG_FILE)
+    pairs = [
+        (name, getattr(saved.model, name), getattr(run.model, name))
+        for name in vars(saved.model)
+        if name not in FREE_MODEL_FLAGS
+    ]
+    pairs += [(name, getattr(saved.moe, name), getattr(run.moe, name)) for name in SHAPE_MOE_FLAGS]
+    pairs += [
+        ("num_experts", expert_layout(saved).experts_per_layer, expert_layout(run).experts_per_layer),
+        ("moe_ffn_hidden_size", saved.expert_ffn_size, run.expert_ffn_size),
+    ]
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise UserError(
+                f"{flag_name(name)} {format_value(ours)}: the checkpoint {folder} was written with "
+                f"{format_value(theirs)}; give the same, or another --load"
+            )
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder}: damaged checkpoint, cannot read its common state ({_first_line(error)})") from error
+
+
+def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, Any]:
+    """Load the wanted parts; nothing that was asked for may be missing, and no weight may be left over."""
+    try:
+        state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
+    except Exception as error:
+        raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({_first_line(error)})") from error
+    leftover = {key for key in unused if not key.startswith(("optimizer.", "rng_state", "chained_", "common_state"))}
+    if absent or leftover:
+        problem = f"lacks {sorted(absent)[0]}" if absent else f"also holds {sorted(leftover)[0]}"
+        raise UserError(f"{folder}: is not a checkpoint of this model: it {problem}; give the run's own flags")
+    for index, chunk in enumerate(model):
+        chunk.load_state_dict(state[f"model{index}"])
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

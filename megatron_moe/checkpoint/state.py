@@ -1,0 +1,61 @@
+"""What a checkpoint holds, as megatron-core's sharded state dict: model, optimizer, scheduler, RNG, data position."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.utils import unwrap_model
+
+from megatron_moe.runtime.seeds import capture_states
+
+# Understood by megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.sharded_state_dict and
+# optimizer.py:ChainedOptimizer.sharded_state_dict: optimizer state in the shape of the parameters it belongs to, so
+# that it can be loaded under any layout.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    layout: dict[str, int] = field(default_factory=dict)
+    """Parallel sizes under which the checkpoint was written."""
+
+
+def current_layout() -> dict[str, int]:
+    """Sizes that decide whether per-rank states (RNG) can be taken over."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
+def model_state(model: list[Any]) -> dict[str, Any]:
+    """Sharded state of every chunk; keys do not depend on the layout."""
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=METADATA) for index, chunk in enumerate(unwrap_model(model))
+    }
+
+
+def optimizer_state(model_sharded: dict[str, Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    """Sharded optimizer state, keyed by the model's."""
+    return optimizer.sharded_state_dict(model_sharded, is_loading=is_loading, metadata=METADATA)
+
+
+def rng_state() -> ShardedObject:
+    """This rank's generators. Data-parallel replicas share theirs."""
+    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    layout = current_layout()
+    return ShardedObject(
+        "rng_state",
+        capture_states(),
+        (layout["pipeline"], layout["tensor"]),
+        (pipeline, tensor),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )

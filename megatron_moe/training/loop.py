@@ -1,0 +1,245 @@
+"""The training loop: build, resume, step, evaluate, report, save."""
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_moe.checkpoint.layout import latest_iteration
+from megatron_moe.checkpoint.load import load_checkpoint
+from megatron_moe.checkpoint.save import save_checkpoint
+from megatron_moe.checkpoint.state import Progress
+from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.yaml_io import save_run
+from megatron_moe.data.datasets import Datasets, build_data_iterator, build_datasets, build_eval_iterator
+from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_moe.model.flops import training_flops_per_token
+from megatron_moe.model.gpt import build_model
+from megatron_moe.moe.layout import expert_layout
+from megatron_moe.moe.metrics import collect_aux_losses, collect_loads
+from megatron_moe.runtime.distributed import World
+from megatron_moe.runtime.seeds import set_seeds
+from megatron_moe.training.batches import BatchSchedule, total_steps
+from megatron_moe.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_moe.training.reporting import Reporter
+from megatron_moe.training.step import Batch, StepResult, evaluate, train_step
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, built once. Fields are in the order in which they are built."""
+
+    run: RunConfig
+    world: World
+    tokenizer: Tokenizer
+    schedule: BatchSchedule
+    steps: int
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    progress: Progress
+    datasets: Datasets
+
+    @classmethod
+    def build(cls, run: RunConfig, world: World) -> "Trainer":
+        """Build model, optimizer and data, and resume if there is something to resume from.
+
+        Raises:
+            UserError: a flag, a file or a checkpoint is wrong.
+        """
+        tokenizer = load_tokenizer(run.data, run.model.vocab_size)
+        run = with_vocab_size(run, tokenizer)
+        schedule = BatchSchedule.from_run(run, run.parallel.data_parallel_size(world.size))
+        steps = total_steps(run, schedule)
+        # Data before the model: a wrong path is found in a second, not after the weights are drawn.
+        datasets = build_datasets(run, tokenizer, _sample_counts(run, schedule, steps))
+        set_seeds(run.training.seed)
+        resume = _resume_from(run)
+        model = wrap_data_parallel(run, build_model(run, initialize=not resume))
+        optimizer = build_optimizer(run, model)
+        scheduler = build_scheduler(run, optimizer, schedule, steps)
+        progress = load_checkpoint(run, model, optimizer, scheduler) if resume else Progress()
+        return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
+
+    def train(self) -> None:
+        """Run to the last step, or until the time given is over."""
+        started = time.monotonic()
+        if self.world.is_main and self.run.checkpoint.save is not None:
+            Path(self.run.checkpoint.save).mkdir(parents=True, exist_ok=True)
+            save_run(self.run, Path(self.run.checkpoint.save) / "config.yaml")
+        batches = self._training_batches()
+        with Reporter(
+            self.run, first_step=self.progress.step, total_steps=self.steps, active=self.world.is_main
+        ) as reporter:
+            self._announce(reporter)
+            while self.progress.step < self.steps:
+                self._step(batches, reporter)
+                step = self.progress.step
+                last = step == self.steps
+                if self.run.training.eval_interval and (step % self.run.training.eval_interval == 0 or last):
+                    self._evaluate(reporter)
+                out_of_time = self._out_of_time(started)
+                self._maybe_save(reporter, force=last or out_of_time)
+                if out_of_time and not last:
+                    reporter.say(f"stopped at step {step}: --exit-duration-in-mins is over; --load goes on from here")
+                    return
+
+    def _step(self, batches: list[Iterator[Batch]], reporter: Reporter) -> None:
+        progress, began = self.progress, time.monotonic()
+        count = self.schedule.micro_batches(progress.consumed_samples)
+        samples = self.schedule.batch_size(progress.consumed_samples)
+        result = train_step(self.run, self.model, self.optimizer, batches, count)
+        if not result.skipped and not math.isfinite(result.loss):
+            raise UserError(
+                f"loss is {result.loss} at step {progress.step + 1} (samples {progress.consumed_samples} to "
+                f"{progress.consumed_samples + samples - 1}); lower --lr, or look at the data"
+            )
+        progress.step += 1
+        progress.consumed_samples += samples
+        progress.skipped_steps += result.skipped
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not result.skipped:
+            self.scheduler.step(increment=samples)
+        reporter.advance()
+        self._report(reporter, result, lr, samples, count, time.monotonic() - began)
+
+    def _report(
+        self, reporter: Reporter, result: StepResult, lr: float, samples: int, micro_batches: int, seconds: float
+    ) -> None:
+        layout = expert_layout(self.run)
+        loads, aux = [], {}
+        if layout.num_moe_layers:
+            # Counters are emptied every step, reported or not, so that a line stands for one step.
+            loads = collect_loads(self.model, layout.experts_per_layer)
+            aux = collect_aux_losses(self.run.model.num_layers, layout.num_moe_layers, micro_batches)
+        if self.progress.step % self.run.logging.log_interval:
+            return
+        tokens = samples * self.run.model.seq_length
+        metrics: dict[str, Any] = {
+            "step": self.progress.step,
+            "consumed_tokens": self.progress.consumed_samples * self.run.model.seq_length,
+            "consumed_samples": self.progress.consumed_samples,
+            "lm_loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "loss_scale": float(self.optimizer.get_loss_scale()),
+            "skipped": int(result.skipped),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": tokens * training_flops_per_token(self.run) / seconds / self.world.size / 1e12,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        for name, value in aux.items():
+            metrics["moe_z_loss" if name == "z_loss" else "moe_aux_loss"] = value
+        reporter.step(metrics, loads)
+
+    def _evaluate(self, reporter: Reporter) -> None:
+        batches = self._iterators(
+            lambda: build_eval_iterator(_present(self.datasets.valid), **self._iterator_options())
+        )
+        count = self.schedule.global_batch_size // (self.schedule.micro_batch_size * self.schedule.data_parallel_size)
+        loss = evaluate(self.run, self.model, batches, self.run.training.eval_iters, count)
+        reporter.evaluation(self.progress.step, loss, math.exp(min(loss, 700.0)))
+
+    def _maybe_save(self, reporter: Reporter, *, force: bool) -> None:
+        flags = self.run.checkpoint
+        if flags.save is None:
+            return
+        due = flags.save_interval is not None and self.progress.step % flags.save_interval == 0
+        if due or force:
+            folder = save_checkpoint(
+                self.run, self.model, self.optimizer, self.scheduler, self.progress, self.tokenizer
+            )
+            reporter.say(f"saved {folder}")
+
+    def _out_of_time(self, started: float) -> bool:
+        limit = self.run.training.exit_duration_in_mins
+        if limit is None:
+            return False
+        # Rank 0 decides: clocks differ, and all must stop at the same step.
+        over = torch.tensor([time.monotonic() - started > limit * 60.0], device=torch.cuda.current_device()).int()
+        dist.broadcast(over, src=0)
+        return bool(over.item())
+
+    def _training_batches(self) -> list[Iterator[Batch]]:
+        return self._iterators(
+            lambda: build_data_iterator(
+                _present(self.datasets.train),
+                consumed_samples=self.progress.consumed_samples,
+                **self._iterator_options(),
+            )
+        )
+
+    def _iterator_options(self) -> dict[str, Any]:
+        return {
+            "micro_batch_size": self.run.training.micro_batch_size,
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+            "num_workers": self.run.data.num_workers,
+            "pin_memory": self.world.device.type == "cuda",
+        }
+
+    def _iterators(self, build: Any) -> list[Iterator[Batch]]:
+        # With virtual stages every chunk reads the same samples through an iterator of its own.
+        return [build() for _ in self.model]
+
+    def _announce(self, reporter: Reporter) -> None:
+        parallel, progress = self.run.parallel, self.progress
+        reporter.say(
+            f"{self.world.size} x {self.world.device.type} | tensor {parallel.tensor_model_parallel_size}, pipeline "
+            f"{parallel.pipeline_model_parallel_size}, expert {parallel.expert_model_parallel_size}, context "
+            f"{parallel.context_parallel_size}, data {self.schedule.data_parallel_size} | "
+            f"{expert_layout(self.run).describe()} | {self.run.training.precision}"
+        )
+        if progress.step:
+            reporter.say(f"resumed at step {progress.step}, after {progress.consumed_samples} samples")
+
+
+def with_vocab_size(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The run with the tokenizer's vocabulary size filled in.
+
+    Raises:
+        ConfigError: --vocab-size was given and is smaller than the tokenizer's.
+    """
+    given = run.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"--vocab-size {given}: the tokenizer has {tokenizer.vocab_size} ids; leave it out or give at least that"
+        )
+    model = dataclasses.replace(run.model, vocab_size=given or tokenizer.vocab_size)
+    return dataclasses.replace(run, model=model)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has used so far: of the GPU, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _sample_counts(run: RunConfig, schedule: BatchSchedule, steps: int) -> tuple[int, int, int]:
+    validation = run.training.eval_iters * schedule.global_batch_size if run.training.eval_interval else 0
+    return schedule.samples_after(steps), validation, 0
+
+
+def _resume_from(run: RunConfig) -> bool:
+    """Whether there is something to load. --load naming the run's own, still empty folder starts afresh."""
+    flags = run.checkpoint
+    if flags.load is None:
+        return False
+    own = flags.save is not None and Path(flags.load).resolve() == Path(flags.save).resolve()
+    return not (own and latest_iteration(flags.load) is None)
+
+
+def _present(dataset: Any) -> Any:
+    assert dataset is not None
+    return dataset

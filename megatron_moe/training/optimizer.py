@@ -1,0 +1,122 @@
+"""Optimizer, learning-rate schedule and data-parallel wrapping: megatron-core's, built from a run's flags."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_moe.config.run import RunConfig
+from megatron_moe.model.transformer_config import DTYPES
+from megatron_moe.training.batches import BatchSchedule
+
+
+def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
+    """Wrap every chunk for gradient reduction, in fp32, over the data-parallel ranks."""
+    parallel = run.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(
+            get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0 or parallel.overlap_param_gather
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """The optimizer, connected to the model's schedule hooks. Norms and biases are not decayed (upstream default)."""
+    flags, training = run.optimizer, run.training
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer=flags.optimizer,
+            lr=flags.lr,
+            min_lr=flags.min_lr,
+            weight_decay=flags.weight_decay,
+            adam_beta1=flags.adam_beta1,
+            adam_beta2=flags.adam_beta2,
+            adam_eps=flags.adam_eps,
+            sgd_momentum=flags.sgd_momentum,
+            clip_grad=flags.clip_grad,
+            bf16=training.bf16,
+            fp16=training.fp16,
+            params_dtype=DTYPES[training.precision],
+            loss_scale=training.loss_scale,
+            initial_loss_scale=training.initial_loss_scale,
+            min_loss_scale=training.min_loss_scale,
+            loss_scale_window=training.loss_scale_window,
+            hysteresis=training.hysteresis,
+            use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+            overlap_param_gather=run.parallel.overlap_param_gather,
+        ),
+        model,
+        use_gloo_process_groups=False,
+    )
+    _use_fused_adam(optimizer)
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if run.parallel.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
+        if run.parallel.overlap_param_gather:
+            starts = [chunk.start_param_sync for chunk in model]
+            config.param_sync_func = starts if len(model) > 1 else starts[0]
+    return optimizer
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """Take torch's fused AdamW kernel: the same update in one pass.
+
+    megatron-core builds torch.optim.AdamW without it when neither Apex nor Transformer Engine is installed
+    (`optimizer/__init__.py:_get_megatron_optimizer_based_on_param_groups`) and offers no switch.
+    """
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        base = getattr(inner, "optimizer", None)
+        if isinstance(base, torch.optim.AdamW):
+            for group in base.param_groups:
+                group["fused"], group["foreach"] = True, False
+
+
+def build_scheduler(
+    run: RunConfig, optimizer: MegatronOptimizer, schedule: BatchSchedule, steps: int
+) -> OptimizerParamScheduler:
+    """Learning rate over samples, as Megatron-LM counts it, so that a batch ramp-up does not hasten the decay.
+
+    Args:
+        run: flags.
+        optimizer: whose groups are scheduled.
+        schedule: batch sizes.
+        steps: of the whole run; the decay's default length.
+    """
+    flags = run.optimizer
+    batch = schedule.global_batch_size
+    decay_steps = (flags.lr_decay_iters or steps) * batch
+    if flags.lr_warmup_fraction is not None:
+        warmup_steps = int(flags.lr_warmup_fraction * decay_steps)
+    else:
+        # A run shorter than its warm-up ends inside it.
+        warmup_steps = min(flags.lr_warmup_iters * batch, decay_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=flags.lr_warmup_init,
+        max_lr=flags.lr,
+        min_lr=flags.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=flags.lr_decay_style,
+        start_wd=flags.weight_decay,
+        end_wd=flags.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=None if flags.lr_wsd_decay_iters is None else flags.lr_wsd_decay_iters * batch,
+        lr_wsd_decay_style=flags.lr_wsd_decay_style,
+    )
