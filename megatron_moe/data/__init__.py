@@ -1,0 +1,1 @@
+"""Text to training batches: documents, tokenizers, token files, datasets (only the last needs torch)."""
