@@ -6,11 +6,14 @@ entry points (never at import), and is left out when CUDA is used.
 
 import logging
 
+import torch
+
 from megatron_moe.runtime import cuda_standins as standins
 from megatron_moe.runtime import replace
 from megatron_moe.runtime.replace import Replacement
 
 MODULES_WITH_HARD_CODED_DEVICE = (
+    "megatron.core.utils",
     "megatron.core.tensor_parallel.data",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed.param_and_grad_buffer",
@@ -80,6 +83,9 @@ def install() -> None:
     if _installed:
         return
     replace.apply(replacements())
+    # megatron-core compiles small functions (`jit.py:jit_fuser`): on a CPU that costs seconds at the first step, needs
+    # a C++ compiler, and gains nothing.
+    torch.compiler.set_stance("force_eager")
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_SharedGeneratorFilter())
     _installed = True
 

@@ -29,6 +29,8 @@ REQUIRED_LIBRARIES = {
     "numpy": "numpy",
     "pyyaml": "yaml",
     "tqdm": "tqdm",
+    # megatron-core saves checkpoints with it, but does not ask for it.
+    "psutil": "psutil",
 }
 BUILD_APEX = (
     "optional; build it from source: git clone https://github.com/NVIDIA/apex && cd apex && "

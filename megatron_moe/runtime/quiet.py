@@ -10,6 +10,7 @@ UNACTIONABLE = (
     (r".*Transformer Engine and Apex are not installed.*", UserWarning),
     # Experts may have fewer tensor-parallel ranks than the rest of the model.
     (r".*`sequence_parallel` is set to `True`, but tensor model parallel size is.*", UserWarning),
+    (r".*is experimental and still under active development.*", UserWarning),
     # Set on CUDA by runtime/distributed.py before the first kernel; meaningless on a CPU.
     (r".*CUDA_DEVICE_MAX_CONNECTIONS.*", UserWarning),
     (r".*full scope is deprecated.*", UserWarning),
