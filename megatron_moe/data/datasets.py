@@ -55,8 +55,8 @@ class _DatasetTokenizer:
 def build_datasets(run: RunConfig, tokenizer: Tokenizer, num_samples: tuple[int, int, int]) -> Datasets:
     """Datasets for training, validation and test. Every rank calls it and can read what it returns.
 
-    Rank 0 writes the sample indices to the cache folder and the others wait for it, where torch.distributed
-    is initialised. The order of samples depends on the seed, the sequence length, the files and
+    Rank 0 writes the sample indices to the cache folder, which all nodes must share, and the others wait for
+    it, where torch.distributed is initialised. The order of samples depends on the seed, the sequence length, the files and
     `num_samples`: ask for the same number when a run is resumed.
 
     Args:

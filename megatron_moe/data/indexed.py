@@ -17,7 +17,7 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -113,10 +113,10 @@ class IndexedWriter:
         self._idx_tmp.replace(idx_path(self._prefix))
 
     @staticmethod
-    def _sync(stream: object) -> None:
-        stream.flush()  # type: ignore[attr-defined]
-        os.fsync(stream.fileno())  # type: ignore[attr-defined]
-        stream.close()  # type: ignore[attr-defined]
+    def _sync(stream: BinaryIO) -> None:
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.close()
 
     def __enter__(self) -> Self:
         return self
