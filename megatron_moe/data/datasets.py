@@ -56,8 +56,8 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, num_samples: tuple[int,
     """Datasets for training, validation and test. Every rank calls it and can read what it returns.
 
     Rank 0 writes the sample indices to the cache folder, which all nodes must share, and the others wait for
-    it, where torch.distributed is initialised. The order of samples depends on the seed, the sequence length, the files and
-    `num_samples`: ask for the same number when a run is resumed.
+    it, where torch.distributed is initialised. The order of samples depends on the seed, the sequence length,
+    the files and `num_samples`: ask for the same number when a run is resumed.
 
     Args:
         run: the run's config.
