@@ -61,9 +61,7 @@ VALUES: dict[str, dict[str, tuple[str, ...]]] = {
 """A flag and value of theirs -> flags of ours. Other values of a flag that is also ours pass unchanged."""
 
 _ALWAYS = "remove it; this is how it always works here"
-_TENSORBOARD = (
-    "remove it; TensorBoard events are written to the tensorboard folder of --save (--no-tensorboard: not)"
-)
+_TENSORBOARD = "remove it; TensorBoard events are written to the tensorboard folder of --save (--no-tensorboard: not)"
 _RECOMPUTE = "use --recompute-granularity full --recompute-method uniform --recompute-num-layers N"
 _SCHEDULE = "remove it; the schedule is the command line's. --finetune starts it afresh"
 _ITERATIONS = "count in steps: tokens / (--global-batch-size x --seq-length)"
@@ -184,9 +182,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "BertWordPieceLowerCase": "a decoder needs a tokenizer with an end-of-document token",
     },
     "--top-k-linear-strategy": {"lsoftmax": "the large-margin router is not available; use --router topk"},
-    "--noisy-gate-policy": {
-        "RSample": "Gumbel noise on the choice is not available; use --moe-input-jitter-eps"
-    },
+    "--noisy-gate-policy": {"RSample": "Gumbel noise on the choice is not available; use --moe-input-jitter-eps"},
 }
 """A value of theirs that has no counterpart here -> what to do."""
 
@@ -214,7 +210,7 @@ def translate(argv: Sequence[str], known: set[str]) -> list[str]:
         if not equals:
             value = queue[0] if queue and not queue[0].startswith("--") else ""
         _refuse(name, value, known)
-        ours = _counterpart(name, value)
+        ours = _counterpart(name, value, known)
         if not ours or not _flags(ours) <= known:
             _claim(name, name, known, set_by)
             words.append(word)
@@ -241,13 +237,16 @@ def _refuse(name: str, value: str, known: set[str]) -> None:
         raise ConfigError(f"{name} {value}: {reason}")
 
 
-def _counterpart(name: str, value: str) -> tuple[str, ...]:
+def _counterpart(name: str, value: str, known: set[str]) -> tuple[str, ...]:
     """Our words for a flag (and, in `VALUES`, its value); nothing when it is not an alias."""
     if name in RENAMED:
         return (RENAMED[name],)
     if name in EXPANDED:
         return EXPANDED[name]
-    return VALUES.get(name, {}).get(value, ())
+    table = VALUES.get(name, {})
+    if table and value not in table and name not in known:
+        raise ConfigError(f"{name} {value}".rstrip() + f": must be one of {', '.join(table)}")
+    return table.get(value, ())
 
 
 def _flags(words: Sequence[str]) -> set[str]:

@@ -58,9 +58,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[RunC
         ConfigError: a flag, a value, a file or a combination is wrong.
     """
     sections = run_sections(RunConfig)
-    example = (
-        f"{prog} --recipe tiny-cpu --data-path data/sample --tokenizer-model data/bpe.model --save runs/tiny"
-    )
+    example = f"{prog} --recipe tiny-cpu --data-path data/sample --tokenizer-model data/bpe.model --save runs/tiny"
     everything = {"start": StartingPoint, "launch": LaunchOptions, **sections}
     given = _parse(argv, everything, prog, description, example)
     start = StartingPoint(**given["start"])
@@ -71,9 +69,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[RunC
     if start.config is not None:
         layers.append(load_values(start.config, sections))
     if launch.world_size is not None and not (launch.dry_run and launch.world_size >= 1):
-        raise ConfigError(
-            f"--world-size {launch.world_size}: must be at least 1, and only goes with --dry-run"
-        )
+        raise ConfigError(f"--world-size {launch.world_size}: must be at least 1, and only goes with --dry-run")
     return build_run(*layers, given), launch
 
 
@@ -99,9 +95,7 @@ def parse_sections(
         for spec in section_fields(section).values():
             if spec.default is MISSING and spec.name not in values[name]:
                 raise ConfigError(f"{spec.flag}: is required: {spec.help}")
-    return {name: section(**values[name]) for name, section in sections.items()}, values["launch"].get(
-        "debug", False
-    )
+    return {name: section(**values[name]) for name, section in sections.items()}, values["launch"].get("debug", False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,9 +110,7 @@ def _parser(prog: str, description: str, example: str, sections: Mapping[str, ty
         prog=prog,
         usage=argparse.SUPPRESS,
         description=f"Example:\n  {example}\n\n{description}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=8, width=110
-        ),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=110),
         allow_abbrev=False,
         exit_on_error=False,
         argument_default=argparse.SUPPRESS,
@@ -140,9 +132,7 @@ def _add_flag(group: Any, spec: FieldSpec) -> None:
         help_text += f" (default: {'on' if spec.default is True else format_value(spec.default)})"
     help_text = help_text.replace("%", "%%")
     if spec.scalar is bool and not spec.many:
-        group.add_argument(
-            spec.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
-        )
+        group.add_argument(spec.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
         return
     words = {int: "N", float: "X", str: "TEXT"}
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices is not None else words[spec.scalar]
@@ -170,9 +160,7 @@ def _item_parser(spec: FieldSpec) -> Callable[[str], Any]:
     return parse
 
 
-def _parse(
-    argv: Sequence[str], sections: Mapping[str, type], prog: str, description: str, example: str
-) -> Values:
+def _parse(argv: Sequence[str], sections: Mapping[str, type], prog: str, description: str, example: str) -> Values:
     """The flags that were given, by section and field name. Aliases are translated first."""
     parser = _parser(prog, description, example, sections)
     specs = {name: spec for section in sections.values() for name, spec in section_fields(section).items()}
@@ -221,7 +209,8 @@ def _describe_extra(word: str, words: Sequence[str], known: set[str], switches: 
             return f"{before} {word}: takes no value; {before} is a switch"
         return f"{word}: stands alone; a value follows its flag, and --help lists the flags"
     flag = word.split("=")[0]
-    near = nearest("--" + flag.lstrip("-").replace("_", "-"), sorted(known))
+    # Every flag begins with two dashes, so unlike flags are somewhat alike already.
+    near = nearest("--" + flag.lstrip("-").replace("_", "-"), sorted(known), likeness=0.7)
     return f"{flag}: unknown flag; " + (f"did you mean {near}?" if near else "--help lists the flags")
 
 

@@ -40,9 +40,9 @@ class MoEConfig:
     """Group-limited routing: the experts form this many groups."""
     moe_router_group_topk: int | None = None
     """Group-limited routing: a token may use experts of this many groups."""
-    moe_router_load_balancing_type: Literal[
-        "none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"
-    ] = "aux_loss"
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn"] = (
+        "aux_loss"
+    )
     """How the load is balanced: an auxiliary loss per micro-batch, per sequence or over the global batch,
     Sinkhorn assignment, or not at all."""
     moe_aux_loss_coeff: float = 0.01
@@ -185,9 +185,7 @@ class MoEConfig:
         pattern = self.moe_layer_freq
         if pattern is None:
             layers = tuple(range(self.expert_interval, num_layers + 1, self.expert_interval))
-            require(
-                len(layers) > 0, "expert_interval", self.expert_interval, f"at most --num-layers {num_layers}"
-            )
+            require(len(layers) > 0, "expert_interval", self.expert_interval, f"at most --num-layers {num_layers}")
             return layers
         legal = f"one 0 (dense) or 1 (MoE) for each of the {num_layers} layers, with at least one 1"
         valid = len(pattern) == num_layers and set(pattern) <= {0, 1} and 1 in pattern

@@ -51,9 +51,7 @@ class ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("--sequence-parallel: needs --tensor-model-parallel-size of at least 2")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
-            raise ConfigError(
-                "--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce"
-            )
+            raise ConfigError("--overlap-param-gather: needs --use-distributed-optimizer and --overlap-grad-reduce")
         if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
                 f"--num-layers-per-virtual-pipeline-stage {self.num_layers_per_virtual_pipeline_stage}: "
@@ -71,18 +69,14 @@ class ParallelConfig:
         Raises:
             ConfigError: the sizes do not fit the world.
         """
-        model = (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         sizes = (
             f"--tensor-model-parallel-size {self.tensor_model_parallel_size} x "
             f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} x "
             f"--context-parallel-size {self.context_parallel_size}"
         )
         if world_size % model:
-            raise ConfigError(
-                f"{sizes} = {model}: must divide the number of processes, which is {world_size}"
-            )
+            raise ConfigError(f"{sizes} = {model}: must divide the number of processes, which is {world_size}")
         expert = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
         if world_size % expert:
             raise ConfigError(

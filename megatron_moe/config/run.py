@@ -79,9 +79,7 @@ class RunConfig:
         """Sequence parallelism as asked for, or as megatron-core requires it to train experts under tensor
         parallelism (`moe_layer.py:MoELayer.forward` refuses to run without)."""
         has_experts = self.moe.num_experts is not None
-        return self.parallel.sequence_parallel or (
-            has_experts and self.parallel.tensor_model_parallel_size > 1
-        )
+        return self.parallel.sequence_parallel or (has_experts and self.parallel.tensor_model_parallel_size > 1)
 
     @property
     def expert_ffn_size(self) -> int:

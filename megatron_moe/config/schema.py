@@ -105,9 +105,9 @@ def run_sections(run_type: type) -> dict[str, type]:
     return {field.name: hints[field.name] for field in dataclasses.fields(run_type)}
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word most like `word`, or None when none is alike."""
-    matches = get_close_matches(word, list(words), n=1, cutoff=0.6)
+def nearest(word: str, words: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The word most like `word`, or None when none is alike (difflib's ratio below `likeness`)."""
+    matches = get_close_matches(word, list(words), n=1, cutoff=likeness)
     return matches[0] if matches else None
 
 

@@ -92,26 +92,18 @@ class TrainingConfig:
 
     def _check_recompute(self) -> None:
         if self.recompute_activations and self.recompute_granularity == "full":
-            raise ConfigError(
-                "--recompute-activations: is short for --recompute-granularity selective, not full"
-            )
+            raise ConfigError("--recompute-activations: is short for --recompute-granularity selective, not full")
         granularity = self.granularity
         if granularity == "full" and self.recompute_method is None:
             raise ConfigError("--recompute-granularity full: needs --recompute-method uniform or block")
         if granularity != "full" and self.recompute_method is not None:
-            raise ConfigError(
-                f"--recompute-method {self.recompute_method}: needs --recompute-granularity full"
-            )
+            raise ConfigError(f"--recompute-method {self.recompute_method}: needs --recompute-granularity full")
         if granularity != "full" and self.recompute_num_layers is not None:
-            raise ConfigError(
-                f"--recompute-num-layers {self.recompute_num_layers}: needs --recompute-granularity full"
-            )
+            raise ConfigError(f"--recompute-num-layers {self.recompute_num_layers}: needs --recompute-granularity full")
         if granularity != "selective" and self.recompute_modules is not None:
             raise ConfigError("--recompute-modules: needs --recompute-granularity selective")
         for module in self.recompute_modules or ():
-            require(
-                module in RECOMPUTE_MODULES, "recompute_modules", module, f"of {', '.join(RECOMPUTE_MODULES)}"
-            )
+            require(module in RECOMPUTE_MODULES, "recompute_modules", module, f"of {', '.join(RECOMPUTE_MODULES)}")
 
     @property
     def granularity(self) -> Literal["full", "selective"] | None:

@@ -44,9 +44,7 @@ def _check_tensor_parallel(run: RunConfig, experts_per_layer: tuple[int, ...]) -
     if 0 in experts_per_layer:
         _check_divides(size, name, model.ffn_size, "--ffn-hidden-size")
     if run.moe.mlp_type == "residual":
-        _check_divides(
-            size, name, run.expert_ffn_size, "the width of the residual MLP, --moe-ffn-hidden-size"
-        )
+        _check_divides(size, name, run.expert_ffn_size, "the width of the residual MLP, --moe-ffn-hidden-size")
     shared = run.moe.moe_shared_expert_intermediate_size
     if shared is not None:
         _check_divides(size, name, shared, "--moe-shared-expert-intermediate-size")
@@ -72,10 +70,11 @@ def _check_sequence(run: RunConfig) -> None:
         )
     tensor = run.parallel.tensor_model_parallel_size
     if run.uses_sequence_parallel and length // ranks % tensor:
-        why = "--sequence-parallel" if run.parallel.sequence_parallel else "experts under tensor parallelism"
+        asked = run.parallel.sequence_parallel
+        why = "--sequence-parallel splits" if asked else "experts under tensor parallelism split"
         raise ConfigError(
             f"--seq-length {length}: must be a multiple of --tensor-model-parallel-size {tensor} x "
-            f"--context-parallel-size {ranks} = {tensor * ranks}, because {why} splits the sequence"
+            f"--context-parallel-size {ranks} = {tensor * ranks}, because {why} the sequence"
         )
     rotated = int(run.model.head_dim * run.model.rotary_percent)
     if run.model.position_embedding_type == "rope" and (rotated % 2 or rotated == 0):

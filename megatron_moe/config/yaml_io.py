@@ -70,7 +70,7 @@ def dump_sections(sections: Mapping[str, Any]) -> str:
         lines.append(f"{name}:")
         for field, spec in section_fields(section.__class__).items():
             lines += [f"  # {line}" for line in textwrap.wrap(spec.help, width=106)]
-            lines += [f"  {line}" for line in _dump_field(field, getattr(section, field)).splitlines()]
+            lines.append(f"  {_dump_field(field, getattr(section, field))}")
         lines.append("")
     return "\n".join(lines)
 
@@ -174,11 +174,31 @@ def _mapping(value: Any, source: str, what: str) -> dict[Any, Any]:
 
 
 def _dump_field(name: str, value: Any) -> str:
+    """`name: value` on one line."""
     if isinstance(value, tuple):
-        items: str = yaml.safe_dump(list(value), default_flow_style=True, allow_unicode=True, width=_NO_WRAP)
-        return f"{name}: {items}"
-    text: str = yaml.safe_dump({name: value}, allow_unicode=True, width=_NO_WRAP)
-    return text
+        return f"{name}: {_dump(list(value), default_flow_style=True)}"
+    return _dump({name: value}, default_flow_style=False)
+
+
+def _dump(value: Any, *, default_flow_style: bool) -> str:
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=default_flow_style, allow_unicode=True, width=_NO_WRAP
+    )
+    return text.rstrip("\n")
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, but text with line breaks or control characters is quoted and escaped.
+
+    PyYAML folds some of it into lines that do not come back as they were, such as a lone U+0085.
+    """
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -191,9 +211,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 continue  # the base class reports it
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key} given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} given twice", key_node.start_mark)
             seen.add(key)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping

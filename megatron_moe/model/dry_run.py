@@ -43,8 +43,7 @@ def _model(run: RunConfig) -> list[str]:
     lines = [
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} attention heads "
         f"of {model.head_dim}, {model.query_groups} key/value heads, sequence {model.seq_length}",
-        f"{model.position_embedding_type} positions, {model.normalization}, {activation}, {biases}, "
-        f"{tied} embeddings",
+        f"{model.position_embedding_type} positions, {model.normalization}, {activation}, {biases}, {tied} embeddings",
     ]
     if layout.num_moe_layers < model.num_layers:
         lines.append(f"dense layers: {model.num_layers - layout.num_moe_layers}, MLP width {model.ffn_size}")
@@ -71,8 +70,7 @@ def _parameters(run: RunConfig) -> list[str]:
     built = count_parameters(run, padded_vocab=True)
     published = count_parameters(run)
     rows = [
-        (name.replace("_", " "), built.components()[name], published.components()[name])
-        for name in built.components()
+        (name.replace("_", " "), built.components()[name], published.components()[name]) for name in built.components()
     ]
     rows = [row for row in rows if row[1]]
     sums = [

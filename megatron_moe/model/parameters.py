@@ -81,9 +81,7 @@ class ParameterCounts:
 
     def components(self) -> dict[str, int]:
         """The components by name; they sum to `total`."""
-        return {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name != "active_experts"
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "active_experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +175,7 @@ def stage_layers(run: RunConfig) -> list[tuple[int, ...]]:
     stages = run.parallel.pipeline_model_parallel_size
     stretch = run.parallel.num_layers_per_virtual_pipeline_stage or run.model.num_layers // stages
     owners = [((number - 1) // stretch) % stages for number in range(1, run.model.num_layers + 1)]
-    return [
-        tuple(number for number, owner in enumerate(owners, 1) if owner == stage) for stage in range(stages)
-    ]
+    return [tuple(number for number, owner in enumerate(owners, 1) if owner == stage) for stage in range(stages)]
 
 
 def attention_size(run: RunConfig) -> Size:

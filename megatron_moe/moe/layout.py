@@ -70,9 +70,7 @@ class ExpertLayout:
         pairs = [(number, self.experts_in(number)) for number in self.moe_layers]
         groups = [
             f"{_short_list([number for number, _ in group])}: {count} experts"
-            for count, group in (
-                (count, list(group)) for count, group in groupby(pairs, key=lambda pair: pair[1])
-            )
+            for count, group in ((count, list(group)) for count, group in groupby(pairs, key=lambda pair: pair[1]))
         ]
         return "; ".join(groups) or "dense"
 
