@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         print_main(report(run, launch.world_size or environment_world_size()))
         return
     validate(run, environment_world_size())
-    world = start(run.parallel)
+    world = start(run.parallel, run.virtual_stages)
     from megatron_moe.training.loop import Trainer
 
     Trainer.build(run, world).train()

@@ -82,6 +82,14 @@ class RunConfig:
         return self.parallel.sequence_parallel or (has_experts and self.parallel.tensor_model_parallel_size > 1)
 
     @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks per pipeline rank, or None without interleaving."""
+        per_stage = self.parallel.num_layers_per_virtual_pipeline_stage
+        if per_stage is None:
+            return None
+        return self.model.num_layers // (self.parallel.pipeline_model_parallel_size * per_stage)
+
+    @property
     def expert_ffn_size(self) -> int:
         """Width of a routed expert after the default is applied."""
         return self.moe.moe_ffn_hidden_size or self.model.ffn_size

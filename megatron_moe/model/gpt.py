@@ -8,11 +8,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.init import initialize_weights
 from megatron_moe.model.specs import block_spec
-from megatron_moe.model.transformer_config import (
-    PyramidTransformerConfig,
-    build_transformer_config,
-    virtual_stages,
-)
+from megatron_moe.model.transformer_config import PyramidTransformerConfig, build_transformer_config
 from megatron_moe.moe import expert_bias
 from megatron_moe.runtime import replace
 
@@ -55,7 +51,7 @@ def build_model(run: RunConfig, *, inference: bool = False, initialize: bool = T
     """
     replace.apply([expert_bias.REPLACEMENT])
     config = build_transformer_config(run, inference=inference)
-    stages: list[int | None] = list(range(virtual_stages(run) or 0)) or [None]
+    stages: list[int | None] = list(range(run.virtual_stages or 0)) or [None]
     chunks: list[GptChunk] = []
     for stage in stages:
         chunk = build_chunk(run, config, stage, initialize=initialize)

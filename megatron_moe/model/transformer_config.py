@@ -92,7 +92,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_stages(run),
+        virtual_pipeline_model_parallel_size=run.virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size if has_experts else 1,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
@@ -109,14 +109,6 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         heterogeneous_block_specs=has_experts,
         experts_per_layer=layout.experts_per_layer,
     )
-
-
-def virtual_stages(run: RunConfig) -> int | None:
-    """Model chunks per pipeline rank, or None without interleaving."""
-    per_stage = run.parallel.num_layers_per_virtual_pipeline_stage
-    if per_stage is None:
-        return None
-    return run.model.num_layers // (run.parallel.pipeline_model_parallel_size * per_stage)
 
 
 def _recompute(run: RunConfig, inference: bool) -> dict[str, Any]:

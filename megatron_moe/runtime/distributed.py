@@ -57,10 +57,14 @@ def choose_device(config: ParallelConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(config: ParallelConfig) -> World:
+def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     """Start torch.distributed and megatron-core's groups; on the CPU install the CPU runtime first.
 
     Without torchrun the world is this one process, and no port is opened.
+
+    Args:
+        config: parallel sizes and device.
+        virtual_stages: model chunks per pipeline rank (`RunConfig.virtual_stages`), for an interleaved pipeline.
 
     Raises:
         ConfigError: the parallel sizes do not fit the number of processes, or the device is missing.
@@ -81,16 +85,17 @@ def start(config: ParallelConfig) -> World:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    _start_model_parallel(config)
+    _start_model_parallel(config, virtual_stages)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
-def _start_model_parallel(config: ParallelConfig) -> None:
+def _start_model_parallel(config: ParallelConfig, virtual_stages: int | None) -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_size,

@@ -70,16 +70,22 @@ class Trainer:
         progress = load_checkpoint(run, model, optimizer, scheduler) if resume else Progress()
         return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
 
-    def train(self) -> None:
-        """Run to the last step, or until the time given is over."""
+    def train(self, reporter: Reporter | None = None) -> None:
+        """Run to the last step, or until the time given is over.
+
+        Args:
+            reporter: who is told of every step. Default: one that writes the run's files on rank 0.
+        """
         started = time.monotonic()
         if self.world.is_main and self.run.checkpoint.save is not None:
             Path(self.run.checkpoint.save).mkdir(parents=True, exist_ok=True)
             save_run(self.run, Path(self.run.checkpoint.save) / "config.yaml")
         batches = self._training_batches()
-        with Reporter(
-            self.run, first_step=self.progress.step, total_steps=self.steps, active=self.world.is_main
-        ) as reporter:
+        if reporter is None:
+            reporter = Reporter(
+                self.run, first_step=self.progress.step, total_steps=self.steps, active=self.world.is_main
+            )
+        with reporter:
             self._announce(reporter)
             while self.progress.step < self.steps:
                 self._step(batches, reporter)

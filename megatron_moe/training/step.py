@@ -85,7 +85,7 @@ def run_micro_batches(
         count: micro-batches.
         forward_only: no gradients.
     """
-    return get_forward_backward_func()(
+    return get_forward_backward_func(run.parallel.pipeline_model_parallel_size, run.virtual_stages)(
         forward_step_func=forward_step,
         data_iterator=batches if len(model) > 1 else batches[0],
         model=model if len(model) > 1 else model[0],

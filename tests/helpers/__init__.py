@@ -1,0 +1,1 @@
+"""What tests share: ranks, tiny runs and their data."""

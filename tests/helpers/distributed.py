@@ -1,0 +1,96 @@
+"""Starts real gloo ranks for a test and returns what each of them computed.
+
+Ranks are forked from a server process that has torch and megatron-core imported already, so that a test with four
+ranks costs about a second to start rather than ten.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["tests.helpers.preload"]
+TIMEOUT_SECONDS = 300
+
+
+class RankFailure(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> list[T]:
+    """Run `function(*args)` on `world_size` ranks and return their results in rank order.
+
+    The function starts its process groups itself (`megatron_moe.runtime.distributed.start`), as an entry point does;
+    it must be importable, and its result picklable. One rank without a group of others runs in a process of its own
+    as well, because megatron-core keeps global state.
+
+    Raises:
+        RankFailure: a rank raised or died.
+    """
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    ranks = []
+    for rank in range(world_size):
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
+            target=_run_rank, args=(rank, world_size, port, theirs, function, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    try:
+        return [_result(rank, connection) for rank, (_, connection) in enumerate(ranks)]
+    finally:
+        for process, _ in ranks:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    rank: int, world_size: int, port: int, result: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    try:
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    result.send(answer)
+    result.close()
+    # Leave without torn-down groups waiting for ranks that have gone.
+    os._exit(0)
+
+
+def _result(rank: int, connection: Connection) -> Any:
+    if not connection.poll(TIMEOUT_SECONDS):
+        raise RankFailure(f"rank {rank} gave no answer within {TIMEOUT_SECONDS} s")
+    try:
+        succeeded, answer = connection.recv()
+    except EOFError as error:
+        raise RankFailure(f"rank {rank} died") from error
+    if not succeeded:
+        raise RankFailure(f"rank {rank}:\n{answer}")
+    return answer

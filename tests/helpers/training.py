@@ -1,0 +1,51 @@
+"""What a rank of a training test runs: the real trainer, with a reporter that remembers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_moe.config.run import RunConfig
+
+
+@dataclass
+class Curve:
+    """What a run reported, step by step."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    aux_losses: list[float] = field(default_factory=list)
+    loads: list[dict[int, list[int]]] = field(default_factory=list)
+    """Per step: tokens per expert of every MoE layer."""
+    evaluations: list[float] = field(default_factory=list)
+    skipped: int = 0
+
+
+def train_curve(run: RunConfig) -> Curve:
+    """Train a run to its end on this rank and return what every rank is told of it."""
+    from megatron_moe.config.validate import validate
+    from megatron_moe.moe.metrics import LayerLoad
+    from megatron_moe.runtime.distributed import environment_world_size, start
+    from megatron_moe.training.loop import Trainer
+    from megatron_moe.training.reporting import Reporter
+
+    validate(run, environment_world_size())
+    trainer = Trainer.build(run, start(run.parallel, run.virtual_stages))
+    curve = Curve()
+
+    class Recorder(Reporter):
+        def step(self, metrics: dict[str, Any], loads: list[LayerLoad]) -> None:
+            curve.losses.append(metrics["lm_loss"])
+            curve.grad_norms.append(metrics["grad_norm"])
+            curve.aux_losses.append(metrics.get("moe_aux_loss", 0.0))
+            curve.loads.append({load.layer: load.tokens for load in loads})
+            curve.skipped += metrics["skipped"]
+            super().step(metrics, loads)
+
+        def evaluation(self, step: int, loss: float, perplexity: float) -> None:
+            curve.evaluations.append(loss)
+            super().evaluation(step, loss, perplexity)
+
+    recorder = Recorder(
+        trainer.run, first_step=trainer.progress.step, total_steps=trainer.steps, active=trainer.world.is_main
+    )
+    trainer.train(recorder)
+    return curve
