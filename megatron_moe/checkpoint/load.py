@@ -6,12 +6,14 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from megatron_moe.checkpoint import torch_metadata
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
 from megatron_moe.checkpoint.state import METADATA, Progress, current_layout, model_state, optimizer_state, rng_state
 from megatron_moe.config.base import UserError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import load_run
 from megatron_moe.moe.layout import expert_layout
+from megatron_moe.runtime import replace
 from megatron_moe.runtime.seeds import restore_states, set_seeds
 
 # What may differ between a checkpoint and the run that loads it: it changes no weight's shape or meaning.
@@ -111,6 +113,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
 
 def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, Any]:
     """Load the wanted parts; nothing that was asked for may be missing, and no weight may be left over."""
+    replace.apply([torch_metadata.REPLACEMENT])
     try:
         state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
     except Exception as error:
