@@ -13,7 +13,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.model.attention import SdpaAttention
+from megatron_moe.model.mlp import DenseMlp
 from megatron_moe.model.norms import build_norm
 from megatron_moe.model.transformer_config import PyramidTransformerConfig
 from megatron_moe.moe.experts import sequential_experts
@@ -119,7 +120,7 @@ def dense_spec(backend: BackendSpecProvider, fused: bool) -> Any:
     """Builder of a dense MLP."""
     first = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     return partial(
-        MLP.as_mlp_submodule,
+        DenseMlp.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=first, linear_fc2=backend.row_parallel_linear()),
     )
 

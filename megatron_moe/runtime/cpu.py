@@ -9,7 +9,7 @@ import logging
 import torch
 
 from megatron_moe.runtime import cuda_standins as standins
-from megatron_moe.runtime import replace
+from megatron_moe.runtime import gloo_collectives, replace
 from megatron_moe.runtime.replace import Replacement
 
 MODULES_WITH_HARD_CODED_DEVICE = (
@@ -54,6 +54,16 @@ def replacements() -> list[Replacement]:
         Replacement(
             "megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits
         ),
+    ]
+    from megatron.core.tensor_parallel import mappings
+
+    unequal = "gloo exchanges equal parts only, experts under expert tensor parallelism have unequal ones"
+    megatron += [
+        Replacement(mappings.__name__, name, substitute(getattr(mappings, name, None)), unequal)
+        for name, substitute in (
+            ("_gather_along_first_dim", gloo_collectives.gather_along_first_dim),
+            ("_reduce_scatter_along_first_dim", gloo_collectives.reduce_scatter_along_first_dim),
+        )
     ]
     view = standins.TorchOnCpu()
     hard_coded = [

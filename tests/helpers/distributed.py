@@ -14,7 +14,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["tests.helpers.preload"]
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 120
 
 
 class RankFailure(AssertionError):
