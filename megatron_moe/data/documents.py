@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_moe.config.base import UserError
 
@@ -52,6 +52,33 @@ def iterate_lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot read it to the end: {error}") from error
 
 
+def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Args:
+        line: the line, with or without its newline.
+        expected: what the object should hold, for errors: `the field 'text'`.
+        path, number: the file and the line's number (from 1), for errors.
+
+    Raises:
+        UserError: not UTF-8, or not a JSON object.
+    """
+    where = f"{path} line {number}"
+    if not line.strip():
+        raise UserError(f"{where}: empty line; every line must be a JSON object")
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: JSON nested too deeply; expected an object with {expected}") from error
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected a JSON object with {expected}, got {type(entry).__name__}")
+    return entry
+
+
 def parse_document(line: bytes, json_key: str, path: Path, number: int) -> str:
     """The text of one JSON line.
 
@@ -65,34 +92,25 @@ def parse_document(line: bytes, json_key: str, path: Path, number: int) -> str:
             allow.
     """
     where = f"{path} line {number}"
-    if not line.strip():
-        raise UserError(f"{where}: empty line; every line must be a JSON object")
-    try:
-        entry = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise UserError(
-            f"{where}: JSON nested too deeply; expected an object with the field {json_key!r}"
-        ) from error
-    if not isinstance(entry, dict):
-        raise UserError(
-            f"{where}: expected a JSON object with the field {json_key!r}, got {type(entry).__name__}"
-        )
+    entry = parse_object(line, f"the field {json_key!r}", path, number)
     if json_key not in entry:
         fields = ", ".join(sorted(map(repr, entry))) or "none"
         raise UserError(f"{where}: no field {json_key!r} (--json-key); fields here: {fields}")
-    text = entry[json_key]
+    return check_text(entry[json_key], json_key, where)
+
+
+def check_text(text: Any, json_key: str, where: str) -> str:
+    """A field's value as text.
+
+    Raises:
+        UserError: not a string, or one that Unicode does not allow; `where` begins the message.
+    """
     if not isinstance(text, str):
         raise UserError(f"{where}: field {json_key!r} must be a string, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: half of a surrogate pair at character {error.start}; clean the text"
-        ) from error
+        raise UserError(f"{where}: half of a surrogate pair at character {error.start}; clean the text") from error
     return text
 
 
