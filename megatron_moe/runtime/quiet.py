@@ -16,6 +16,12 @@ UNACTIONABLE = (
     (r".*full scope is deprecated.*", UserWarning),
     (r".*fused_weight_gradient_mlp_cuda.*", UserWarning),
     (r".*pynvml.*", FutureWarning),
+    # For training only; generation and scoring run without sequence parallelism.
+    (r".*for training, sequence parallelism must be used.*", UserWarning),
+    # megatron-core reads checkpoints through these parts of torch.distributed.checkpoint.
+    (r".*assuming the intent is to load in a single process.*", UserWarning),
+    (r".*The argument order of load has been changed.*", UserWarning),
+    (r".*we are deprecating ShardedTensor.*", FutureWarning),
 )
 
 
