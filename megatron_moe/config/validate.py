@@ -22,6 +22,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_sequence(run)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
+    _check_optimizer(run)
     _check_batch(run, replicas)
     _check_duration(run, replicas)
     _check_recompute(run)
@@ -139,6 +140,12 @@ def _check_backends(run: RunConfig) -> None:
         raise ConfigError("--transformer-impl transformer_engine: needs a GPU; with --device cpu it is local")
     if run.moe.moe_token_dispatcher_type == "flex":
         raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; with --device cpu it is alltoall")
+
+
+def _check_optimizer(run: RunConfig) -> None:
+    # megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.__init__
+    if run.parallel.use_distributed_optimizer and run.optimizer.optimizer != "adam":
+        raise ConfigError(f"--optimizer {run.optimizer.optimizer}: must be adam with --use-distributed-optimizer")
 
 
 def _check_batch(run: RunConfig, replicas: int) -> None:
