@@ -36,9 +36,7 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> lis
     ranks = []
     for rank in range(world_size):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(
-            target=_run_rank, args=(rank, world_size, port, theirs, function, args), daemon=True
-        )
+        process = CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, theirs, function, args))
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -76,10 +74,13 @@ def _run_rank(
         )
     try:
         answer = (True, function(*args))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # whatever it is, the parent must hear of it
         answer = (False, traceback.format_exc())
     result.send(answer)
     result.close()
+    # megatron-core starts a process for the queue through which writers of a checkpoint report.
+    for child in multiprocessing.active_children():
+        child.terminate()
     # Leave without torn-down groups waiting for ranks that have gone.
     os._exit(0)
 
