@@ -1,0 +1,1 @@
+"""Save, load and reshard a run's state."""

@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_moe.checkpoint import torch_metadata
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
-from megatron_moe.checkpoint.state import METADATA, Progress, current_layout, model_state, optimizer_state, rng_state
+from megatron_moe.checkpoint.state import Progress, current_layout, model_state, optimizer_state, rng_state
 from megatron_moe.config.base import UserError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import load_run

@@ -50,7 +50,10 @@ def optimizer_state(model_sharded: dict[str, Any], optimizer: Any, *, is_loading
 
 def rng_state() -> ShardedObject:
     """This rank's generators. Data-parallel replicas share theirs."""
-    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
     layout = current_layout()
     return ShardedObject(
         "rng_state",

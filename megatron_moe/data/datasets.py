@@ -98,9 +98,7 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, num_samples: tuple[int,
         config.split_matrix = [
             span if count else None for span, count in zip(config.split_matrix, num_samples, strict=True)
         ]
-    return Datasets(
-        *BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build()
-    )
+    return Datasets(*BlendedMegatronDatasetBuilder(GPTDataset, list(num_samples), lambda: True, config).build())
 
 
 def _require_helpers() -> None:

@@ -28,8 +28,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODE_OF_DTYPE = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _DTYPE_OF_CODE = {
-    code: np.dtype(name)
-    for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+    code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
 # Below this vocabulary size Megatron stores uint16 (`DType.optimal_dtype` in indexed_dataset.py).
 _UINT16_VOCABULARY = 65500
@@ -174,14 +173,10 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
     with index.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(
-            f"{flag} {prefix}: {index} is not a Megatron index; run tools/preprocess_data.py again"
-        )
+        raise UserError(f"{flag} {prefix}: {index} is not a Megatron index; run tools/preprocess_data.py again")
     _, version, code, sequences, marks = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPE_OF_CODE:
-        raise UserError(
-            f"{flag} {prefix}: {index} has version {version} and dtype code {code}; known: 1, and 1-8"
-        )
+        raise UserError(f"{flag} {prefix}: {index} has version {version} and dtype code {code}; known: 1, and 1-8")
     needed = _HEADER.size + 12 * sequences + 8 * marks
     # Multimodal indices carry one more byte a sequence, which text training ignores.
     if size not in (needed, needed + sequences):

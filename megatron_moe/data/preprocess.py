@@ -120,9 +120,7 @@ def preprocess(
     tqdm.monitor_interval = 0
     with (
         IndexedWriter(output_prefix, token_dtype(tokenizer.vocab_size)) as writer,
-        tqdm(
-            total=total, unit="B", unit_scale=True, disable=None if progress is None else not progress
-        ) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, disable=None if progress is None else not progress) as bar,
     ):
         for chunk, encoded in _encode_all(_chunks(inputs), tokenizer, job, workers):
             writer.add(encoded.tokens, encoded.lengths)

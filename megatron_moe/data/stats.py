@@ -25,9 +25,7 @@ def token_counts(prefix: str, vocab_size: int) -> npt.NDArray[np.int64]:
     return counts
 
 
-def check_token_range(
-    source: IndexedFile, vocab_size: int, blocks: int = 16, block_size: int = 1 << 16
-) -> None:
+def check_token_range(source: IndexedFile, vocab_size: int, blocks: int = 16, block_size: int = 1 << 16) -> None:
     """Spot-check that a token file fits a vocabulary: `blocks` stretches of `block_size` ids, evenly spread.
 
     A file made with another tokenizer nearly always shows an id out of range there; reading all of a large

@@ -1,0 +1,1 @@
+"""The GPT of a run: layer specs, attention, initial weights, parameter counts."""

@@ -104,9 +104,7 @@ class SdpaAttention(MegatronModule):
         return torch.cat(outputs, dim=2)
 
 
-def attention(
-    q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, dropout: float, scale: float
-) -> Tensor:
+def attention(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, dropout: float, scale: float) -> Tensor:
     """`scaled_dot_product_attention` with grouped heads; with fewer queries than keys the mask is aligned to the
     end, as a cache and context parallelism need it."""
     heads, groups = q_BHSD.shape[1], k_BGTD.shape[1]

@@ -12,7 +12,7 @@ from megatron_moe.model.transformer_config import PyramidTransformerConfig, buil
 from megatron_moe.moe import expert_bias
 from megatron_moe.runtime import replace
 
-GptChunk = GPTModel | Float16Module
+type GptChunk = GPTModel | Float16Module
 
 
 def build_chunk(
@@ -35,9 +35,7 @@ def build_chunk(
         vp_stage=vp_stage,
     )
     if initialize:
-        initialize_weights(
-            chunk, seed=run.training.seed, std=model.init_method_std, num_layers=model.num_layers
-        )
+        initialize_weights(chunk, seed=run.training.seed, std=model.init_method_std, num_layers=model.num_layers)
     return chunk
 
 

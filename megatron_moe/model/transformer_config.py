@@ -35,7 +35,8 @@ class PyramidTransformerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
         # rank (transformer_config.py: "Bias in Moe is only supported when ETP==1"); moe/experts.py counts them once.
-        bias, self.add_bias_linear = self.add_bias_linear, False
+        bias = vars(self)["add_bias_linear"]
+        self.add_bias_linear = False
         super().__post_init__()
         self.add_bias_linear = bias
 

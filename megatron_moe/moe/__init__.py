@@ -1,0 +1,1 @@
+"""Experts: which layer has how many, how tokens reach them, and what they did."""

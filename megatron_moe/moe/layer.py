@@ -48,7 +48,8 @@ class PyramidMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.residual: ResidualMlp | None = None
         if config.residual_mlp:
-            assert submodules.residual is not None and pg_collection is not None
+            assert submodules.residual is not None
+            assert pg_collection is not None
             self.residual = ResidualMlp(config, submodules.residual, pg_collection)
 
     def forward(

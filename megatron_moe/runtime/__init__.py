@@ -1,0 +1,1 @@
+"""Where a run runs: processes, devices, the CPU runtime of megatron-core, seeds."""

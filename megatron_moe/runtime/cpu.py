@@ -31,7 +31,9 @@ def replacements() -> list[Replacement]:
     rng = "the RNG tracker and the recompute read and write the GPU generator"
     streams = "the all-to-all dispatcher and the schedules create streams and events unconditionally"
     torch_cuda = [
-        Replacement("torch.cuda", "current_device", lambda: standins.CPU, "buffers are allocated on the current device"),
+        Replacement(
+            "torch.cuda", "current_device", lambda: standins.CPU, "buffers are allocated on the current device"
+        ),
         Replacement("torch.cuda", "device_count", lambda: 1, "the dataset builder divides threads by devices"),
         Replacement("torch.cuda", "synchronize", lambda device=None: None, "called around collectives and timers"),
         Replacement("torch.cuda", "Stream", standins.CpuStream, streams),
@@ -50,16 +52,21 @@ def replacements() -> list[Replacement]:
     megatron = [
         Replacement(tracker, "_get_cuda_rng_state", standins.get_cpu_rng_state, rng),
         Replacement(tracker, "_set_cuda_rng_state", standins.set_cpu_rng_state, "it only queues a lazy CUDA call"),
-        Replacement("megatron.core.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits),
         Replacement(
-            "megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits
+            "megatron.core.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", standins.splits_to_numpy, splits
+        ),
+        Replacement(
+            "megatron.core.transformer.moe.token_dispatcher",
+            "maybe_move_tensor_to_cpu",
+            standins.splits_to_numpy,
+            splits,
         ),
     ]
     from megatron.core.tensor_parallel import mappings
 
     unequal = "gloo exchanges equal parts only, experts under expert tensor parallelism have unequal ones"
     megatron += [
-        Replacement(mappings.__name__, name, substitute(getattr(mappings, name, None)), unequal)
+        Replacement(mappings.__name__, name, substitute(vars(mappings).get(name)), unequal)
         for name, substitute in (
             ("_gather_along_first_dim", gloo_collectives.gather_along_first_dim),
             ("_reduce_scatter_along_first_dim", gloo_collectives.reduce_scatter_along_first_dim),

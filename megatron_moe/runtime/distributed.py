@@ -47,7 +47,9 @@ def choose_device(config: ParallelConfig, local_rank: int) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu, or see python -m megatron_moe.doctor")
+        raise ConfigError(
+            "--device cuda: torch sees no GPU here; use --device cpu, or see python -m megatron_moe.doctor"
+        )
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(

@@ -125,9 +125,7 @@ def check_device() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        reason = (
-            "torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU or no driver"
-        )
+        reason = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU or no driver"
         return Finding("GPU", "absent", f"{reason}; the CPU is used ({torch.get_num_threads()} threads)")
     properties = torch.cuda.get_device_properties(0)
     kind = f"sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
@@ -146,9 +144,7 @@ def check_collectives(device: str) -> Finding:
     import torch.distributed as dist
 
     if not dist.is_available():
-        return Finding(
-            "collectives", "error", "this torch was built without torch.distributed", "use another build"
-        )
+        return Finding("collectives", "error", "this torch was built without torch.distributed", "use another build")
     has_gloo, has_nccl = dist.is_gloo_available(), dist.is_nccl_available()
     nccl = "NCCL " + ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "no NCCL"
     detail = f"{'gloo' if has_gloo else 'no gloo'}, {nccl}"
@@ -184,9 +180,7 @@ def check_library(distribution: str, module: str) -> Finding:
 def check_tensorboard() -> Finding:
     """TensorBoard, which a run can do without."""
     if _find("tensorboard") is None:
-        return Finding(
-            "tensorboard", "warning", "not installed: give --no-tensorboard", "pip install tensorboard"
-        )
+        return Finding("tensorboard", "warning", "not installed: give --no-tensorboard", "pip install tensorboard")
     return Finding("tensorboard", "ok", _version("tensorboard") or "unknown version")
 
 
@@ -201,14 +195,10 @@ def check_apex() -> Finding:
     folders = [Path(each) for each in spec.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
         where = folders[0] if folders else spec.origin
-        detail = (
-            f"{where} is not NVIDIA's but another project (PyPI's apex belongs to the Pyramid web toolkit)"
-        )
+        detail = f"{where} is not NVIDIA's but another project (PyPI's apex belongs to the Pyramid web toolkit)"
         return Finding("NVIDIA Apex", "warning", detail, f"pip uninstall apex; NVIDIA's is {BUILD_APEX}")
     if _find("amp_C") is None:
-        return Finding(
-            "NVIDIA Apex", "warning", "installed without its CUDA extensions (no amp_C)", BUILD_APEX
-        )
+        return Finding("NVIDIA Apex", "warning", "installed without its CUDA extensions (no amp_C)", BUILD_APEX)
     return Finding("NVIDIA Apex", "ok", "installed, with its CUDA extensions")
 
 
@@ -230,9 +220,7 @@ def check_transformer_engine(device: str) -> Finding:
 def check_triton(device: str) -> Finding:
     """triton, which torch.compile and some fused kernels need on a GPU."""
     if _find("triton") is None:
-        return Finding(
-            "triton", "absent", "not installed", "pip install triton" if device == "cuda" else None
-        )
+        return Finding("triton", "absent", "not installed", "pip install triton" if device == "cuda" else None)
     return Finding(
         "triton",
         "ok",
@@ -257,13 +245,9 @@ def check_grouped_mm(device: str) -> Finding:
     except (RuntimeError, AttributeError) as error:
         return Finding("grouped_mm", "warning", f"does not run: {_one_line(error)}", "pip install -U torch")
     tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4
-    if not all(
-        torch.allclose(a, e, rtol=tolerance, atol=tolerance) for a, e in zip(actual, expected, strict=True)
-    ):
+    if not all(torch.allclose(a, e, rtol=tolerance, atol=tolerance) for a, e in zip(actual, expected, strict=True)):
         return Finding("grouped_mm", "warning", "runs, but differs from a loop", "pip install -U torch")
-    return Finding(
-        "grouped_mm", "ok", f"forward and backward equal a loop ({str(dtype).removeprefix('torch.')})"
-    )
+    return Finding("grouped_mm", "ok", f"forward and backward equal a loop ({str(dtype).removeprefix('torch.')})")
 
 
 def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]:
@@ -281,15 +265,11 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
     fused = "no FusedAdam of Transformer Engine or Apex"
     collective = "nccl" if device == "cuda" else "gloo"
     return (
-        Backend(
-            "core attention", f"scaled_dot_product_attention ({plain})", f"with attention dropout: {dropout}"
-        ),
+        Backend("core attention", f"scaled_dot_product_attention ({plain})", f"with attention dropout: {dropout}"),
         Backend("norms", "torch LayerNorm / RMSNorm", "works with sequence parallelism, needs no Apex"),
         Backend("linear layers", "megatron-core Column/RowParallelLinear", engine),
         Backend("experts", "megatron-core SequentialMLP (a loop)", engine),
-        Backend(
-            "dispatcher", f"alltoall over {collective}", f"flex needs a GPU and DeepEP, which is {deep_ep}"
-        ),
+        Backend("dispatcher", f"alltoall over {collective}", f"flex needs a GPU and DeepEP, which is {deep_ep}"),
         Backend(
             "optimizer",
             f"{Adam.__module__.split('.')[0]} {Adam.__name__}",

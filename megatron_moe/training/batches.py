@@ -44,9 +44,7 @@ class BatchSchedule:
             )
         for name, size in (("START", self.start), ("INCREMENT", self.increment)):
             if self.start != self.global_batch_size and size % per_pass:
-                raise ConfigError(
-                    f"{ramp}: {name} must be a multiple of micro batch x data-parallel size = {per_pass}"
-                )
+                raise ConfigError(f"{ramp}: {name} must be a multiple of micro batch x data-parallel size = {per_pass}")
 
     def batch_size(self, consumed_samples: int) -> int:
         """Samples of the step that begins after `consumed_samples`."""

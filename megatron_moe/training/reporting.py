@@ -91,7 +91,7 @@ class Reporter:
         row = {"step": step, "eval_lm_loss": loss, "eval_perplexity": perplexity}
         self._write(METRICS_FILE, row)
         self._scalars(row, {})
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | evaluation: loss {loss:.4f}, perplexity {perplexity:.2f}")
+        self.say(f"{_step_of(step, self._total)} | evaluation: loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         file = self._files.get(name)
@@ -127,7 +127,7 @@ class Reporter:
 def describe_step(metrics: dict[str, Any], total: int) -> str:
     """The line of a step that a person reads."""
     parts = [
-        f"step {metrics['step']:>{len(str(total))}}/{total}",
+        _step_of(metrics["step"], total),
         f"loss {metrics['lm_loss']:.4f}",
     ]
     if "moe_aux_loss" in metrics:
@@ -141,6 +141,10 @@ def describe_step(metrics: dict[str, Any], total: int) -> str:
     if metrics.get("skipped"):
         parts.append(f"SKIPPED (overflow), loss scale {metrics['loss_scale']:.0f}")
     return " | ".join(parts)
+
+
+def _step_of(step: int, total: int) -> str:
+    return f"step {step:>{len(str(total))}}/{total}"
 
 
 def imbalance(tokens: list[int]) -> float:

@@ -106,9 +106,7 @@ def train_step(
     optimizer.zero_grad()
     reports = run_micro_batches(run, model, batches, count, forward_only=False)
     updated, grad_norm, _ = optimizer.step()
-    return StepResult(
-        loss=mean_loss(reports), grad_norm=float(grad_norm or 0.0), skipped=not _agree(bool(updated))
-    )
+    return StepResult(loss=mean_loss(reports), grad_norm=float(grad_norm or 0.0), skipped=not _agree(bool(updated)))
 
 
 def _agree(updated: bool) -> bool:

@@ -22,9 +22,7 @@ _RESERVED = 4 + len(_CONTROL_SYMBOLS) + 1 + _BYTES
 # Characters with a piece of their own however rare they are in the sample: printable ASCII, and the
 # full-width punctuation which a low coverage would leave to bytes. U+2581 stands for the space inside
 # SentencePiece; without a piece of its own a space would go through byte fallback and come back as U+2581.
-_REQUIRED = (
-    "\u2581\t\u3000" + "".join(map(chr, range(0x21, 0x7F))) + "。，、；：？！“”‘’（）《》【】「」…—·～％"
-)
+_REQUIRED = "\u2581\t\u3000" + "".join(map(chr, range(0x21, 0x7F))) + "。，、；：？！“”‘’（）《》【】「」…—·～％"
 # The usual value for Chinese, and the least that SentencePiece takes.
 _MAX_COVERAGE = 0.9995
 _MIN_COVERAGE = 0.98
@@ -211,9 +209,7 @@ def _train(sentences: Iterator[str], vocab_size: int, coverage: float) -> bytes:
 def _explain(message: str, vocab_size: int, coverage: float) -> str:
     largest = re.search(r"set it to a value <= (\d+)", message)
     if largest:
-        return (
-            f"--vocab-size {vocab_size}: this text fills at most {largest[1]} pieces; give that or more text"
-        )
+        return f"--vocab-size {vocab_size}: this text fills at most {largest[1]} pieces; give that or more text"
     smallest = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message)
     if smallest:
         hint = " or a lower --character-coverage" if coverage > _MIN_COVERAGE else ""
@@ -231,8 +227,6 @@ def _write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(
-            f"--output-prefix {path.with_suffix('')}: cannot write {path}: {error.strerror}"
-        ) from error
+        raise UserError(f"--output-prefix {path.with_suffix('')}: cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

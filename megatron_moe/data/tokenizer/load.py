@@ -75,9 +75,7 @@ class SentencePieceTokenizer:
         named = self._processor.piece_to_id(END_OF_DOCUMENT)
         self.eod: int = named if named != self._processor.unk_id() else self._processor.eos_id()
         if self.eod < 0:
-            raise UserError(
-                f"--tokenizer-model {model}: has no {END_OF_DOCUMENT} and no end-of-sentence piece"
-            )
+            raise UserError(f"--tokenizer-model {model}: has no {END_OF_DOCUMENT} and no end-of-sentence piece")
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._can_spell_mark = self._processor.unk_id() not in self._mark_ids
 
@@ -129,9 +127,7 @@ class HuggingFaceTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--tokenizer-model {folder}: transformers cannot load a tokenizer: {reason}"
-            ) from error
+            raise UserError(f"--tokenizer-model {folder}: transformers cannot load a tokenizer: {reason}") from error
         # Text that spells a special symbol must not become one.
         self._tokenizer.split_special_tokens = True
         self.vocab_size: int = len(self._tokenizer)
@@ -232,9 +228,7 @@ def load_tokenizer(data: DataConfig, vocab_size: int | None = None) -> Tokenizer
             raise ConfigError(f"--tokenizer-model {path}: no such folder; give one that holds tokenizer.json")
         return HuggingFaceTokenizer(path)
     if not path.is_file():
-        raise ConfigError(
-            f"--tokenizer-model {path}: no such file; tools/build_tokenizer.py writes <prefix>.model"
-        )
+        raise ConfigError(f"--tokenizer-model {path}: no such file; tools/build_tokenizer.py writes <prefix>.model")
     return SentencePieceTokenizer(path)
 
 
@@ -246,9 +240,7 @@ def load_saved_tokenizer(directory: Path) -> Tokenizer:
     """
     description = directory / _DESCRIPTION
     if not description.is_file():
-        raise UserError(
-            f"{directory}: holds no tokenizer ({_DESCRIPTION} is missing); give --tokenizer-model"
-        )
+        raise UserError(f"{directory}: holds no tokenizer ({_DESCRIPTION} is missing); give --tokenizer-model")
     saved = json.loads(description.read_text(encoding="utf-8"))
     model = saved.get("tokenizer_model")
     data = DataConfig(
