@@ -1,0 +1,89 @@
+"""One screen about a run: how far the loss fell, against what a model without context would reach, and where all lies.
+
+    python tools/summarize_run.py --run runs/tiny --train-prefix data/train --heldout-prefix data/heldout \\
+        --tokenizer-model data/bpe.model
+
+The bar is the unigram cross-entropy: the loss, on the held-out tokens, of the token frequencies of the training
+text. With --require-margin NATS the command fails unless the last evaluation lies that far below it.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.base import UserError
+from megatron_moe.config.data import DataConfig
+from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.stats import unigram_cross_entropy
+from megatron_moe.data.tokenizer.load import load_tokenizer
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ToolParser(__doc__)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="a run's --save folder")
+    parser.add_argument("--train-prefix", required=True, metavar="PREFIX", help="its training tokens")
+    parser.add_argument("--heldout-prefix", required=True, metavar="PREFIX", help="its held-out tokens")
+    parser.add_argument("--tokenizer-model", required=True, metavar="FILE", help="the SentencePiece model")
+    parser.add_argument("--require-margin", type=float, metavar="NATS", help="fail unless the loss is so far below")
+    return parser.parse_tool_args(argv)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.exists():
+        raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save folder of a run")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summarize(run: Path, unigram: float) -> tuple[list[str], float]:
+    """Lines about a run, and the loss of its last evaluation.
+
+    Raises:
+        UserError: the run has no metrics or was never evaluated.
+    """
+    rows = read_rows(run / "metrics.jsonl")
+    steps = [row for row in rows if "lm_loss" in row]
+    evaluations = [row for row in rows if "eval_lm_loss" in row]
+    if not steps or not evaluations:
+        raise UserError(f"--run {run}: was not evaluated; train with --eval-interval")
+    first, last, held = steps[0], steps[-1], evaluations[-1]
+    seconds = sum(row["step_seconds"] for row in steps)
+    speeds = sorted(row["tokens_per_second"] for row in steps)
+    lines = [
+        f"steps            {last['step']}, {last['consumed_tokens']:,} tokens in {seconds / 60:.1f} minutes "
+        f"(median {speeds[len(speeds) // 2]:,.0f} tokens/s)",
+        f"training loss    {first['lm_loss']:.3f} at step {first['step']} -> {last['lm_loss']:.3f} at step {last['step']}",
+        f"held-out loss    {held['eval_lm_loss']:.3f} nats per token, perplexity {held['eval_perplexity']:.1f}",
+        f"without context  {unigram:.3f} nats per token (unigram cross-entropy of the same text)",
+        f"below it by      {unigram - held['eval_lm_loss']:.3f} nats",
+    ]
+    for load in read_rows(run / "expert_load.jsonl"):
+        if load["step"] == last["step"]:
+            tokens = load["tokens"]
+            shares = " ".join(f"{count / max(1, sum(tokens)):.0%}" for count in tokens)
+            lines.append(f"experts, layer {load['layer']:<2} {len(tokens)}: {shares} of the last step's tokens")
+    return lines, held["eval_lm_loss"]
+
+
+def main(argv: Sequence[str] | None) -> None:
+    """Print the summary; fail when the required margin is missed."""
+    flags = _parse(argv)
+    tokenizer = load_tokenizer(DataConfig(tokenizer_model=flags.tokenizer_model))
+    unigram = unigram_cross_entropy(flags.train_prefix, flags.heldout_prefix, tokenizer.vocab_size)
+    lines, loss = summarize(flags.run, unigram)
+    print("\n".join(lines))
+    if flags.require_margin is not None and loss > unigram - flags.require_margin:
+        raise UserError(
+            f"--require-margin {flags.require_margin}: the held-out loss {loss:.3f} is not that far below "
+            f"{unigram:.3f}; train longer"
+        )
+
+
+if __name__ == "__main__":
+    run_tool(main)
