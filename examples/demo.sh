@@ -16,7 +16,7 @@ DEMO_DIR=${DEMO_DIR:-runs/demo}
 DATA=$DEMO_DIR/data
 RUN=$DEMO_DIR/run
 VOCAB_SIZE=4000
-MARGIN=${MARGIN:-0.5}
+MARGIN=${MARGIN:-0.8}
 PROMPTS=("曹操" "北京" "中国经济")
 
 say() { printf '\n==> [%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }

@@ -10,6 +10,7 @@ One process needs no torchrun. `--dry-run` prints the model and its memory, then
 from collections.abc import Sequence
 
 from megatron_moe.config.flags import parse_run
+from megatron_moe.config.run import RunConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.runtime.launch import run_entry_point
 
@@ -18,18 +19,30 @@ def main(argv: Sequence[str]) -> None:
     """Parse, build, train."""
     run, launch = parse_run(argv, prog="python -m megatron_moe.pretrain", description="Train a GPT with experts.")
     # torch is imported below: --help and wrong flags answer at once.
-    from megatron_moe.runtime.distributed import environment_world_size, print_main, start
+    from megatron_moe.runtime.distributed import environment_rank, environment_world_size, start
 
     if launch.dry_run:
-        from megatron_moe.model.dry_run import report
-
-        print_main(report(run, launch.world_size or environment_world_size()))
+        if environment_rank() == 0:
+            print(describe(run, launch.world_size or environment_world_size()))
         return
     validate(run, environment_world_size())
     world = start(run.parallel, run.virtual_stages)
     from megatron_moe.training.loop import Trainer
 
     Trainer.build(run, world).train()
+
+
+def describe(run: RunConfig, world_size: int) -> str:
+    """What --dry-run prints; the vocabulary comes from the tokenizer where --vocab-size is not given."""
+    from megatron_moe.data.tokenizer.load import load_tokenizer, with_vocab_size
+    from megatron_moe.model.dry_run import report
+    from megatron_moe.model.meta import count_on_meta
+
+    if run.model.vocab_size is None and run.data.tokenizer_model is not None:
+        run = with_vocab_size(run, load_tokenizer(run.data))
+    # Raises on a run that is not valid, before anything is built.
+    report(run, world_size)
+    return report(run, world_size, count_on_meta(run))
 
 
 if __name__ == "__main__":

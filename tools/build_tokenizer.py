@@ -25,15 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="FILE",
         help="JSON Lines (.jsonl, .jsonl.gz), or plain text (.txt, .txt.gz)",
     )
-    parser.add_argument(
-        "--output-prefix", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=50000, metavar="N", help="pieces (default %(default)s)"
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field of a line (default %(default)s)"
-    )
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, default=50000, metavar="N", help="pieces (default %(default)s)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="field of a line (default %(default)s)")
     parser.add_argument(
         "--character-coverage",
         type=float,

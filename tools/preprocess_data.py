@@ -45,9 +45,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="SentencePieceTokenizer",
         help="default %(default)s",
     )
-    parser.add_argument(
-        "--tokenizer-model", metavar="PATH", help=".model file, or folder of a Hugging Face tokenizer"
-    )
+    parser.add_argument("--tokenizer-model", metavar="PATH", help=".model file, or folder of a Hugging Face tokenizer")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer only")
     parser.add_argument(
         "--append-eod",

@@ -58,7 +58,7 @@ def summarize(run: Path, unigram: float) -> tuple[list[str], float]:
     lines = [
         f"steps            {last['step']}, {last['consumed_tokens']:,} tokens in {seconds / 60:.1f} minutes "
         f"(median {speeds[len(speeds) // 2]:,.0f} tokens/s)",
-        f"training loss    {first['lm_loss']:.3f} at step {first['step']} -> {last['lm_loss']:.3f} at step {last['step']}",
+        f"training loss    {first['lm_loss']:.3f} at step {first['step']} -> {last['lm_loss']:.3f} at the last",
         f"held-out loss    {held['eval_lm_loss']:.3f} nats per token, perplexity {held['eval_perplexity']:.1f}",
         f"without context  {unigram:.3f} nats per token (unigram cross-entropy of the same text)",
         f"below it by      {unigram - held['eval_lm_loss']:.3f} nats",

@@ -7,26 +7,28 @@ from collections.abc import Sequence
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.validate import validate
-from megatron_moe.model.parameters import count_parameters, stage_memory
+from megatron_moe.model.parameters import BuiltCounts, count_parameters, stage_memory
 from megatron_moe.moe.layout import expert_layout
 
 GIB = 2**30
 
 
-def report(run: RunConfig, world_size: int) -> str:
+def report(run: RunConfig, world_size: int, built: BuiltCounts | None = None) -> str:
     """Everything that can be known of a run before it starts, for a person to read.
 
     Args:
         run: the resolved flags, with --vocab-size.
         world_size: number of processes to assume.
+        built: counts read off the model that the run would build.
 
     Raises:
         ConfigError: the run is not valid on that many processes.
+        RuntimeError: the model built has other counts than the formula.
     """
     validate(run, world_size)
     parts = [
         ("Model", _model(run)),
-        ("Parameters", _parameters(run)),
+        ("Parameters", _parameters(run) + _check(run, built)),
         ("Layout", _layout(run, world_size)),
         ("Memory of a rank, in GiB, without activations", _memory(run, world_size)),
         ("Batch", _batch(run, world_size)),
@@ -87,6 +89,18 @@ def _parameters(run: RunConfig) -> list[str]:
     lines = _table([header, *cells])
     lines.insert(1 + len(rows), "-" * len(lines[0]))
     return lines
+
+
+def _check(run: RunConfig, built: BuiltCounts | None) -> list[str]:
+    if built is None:
+        return []
+    expected = count_parameters(run, padded_vocab=True)
+    for name in ("total", "experts", "router"):
+        if getattr(built, name) != getattr(expected, name):
+            raise RuntimeError(
+                f"{name}: the model built has {getattr(built, name)}, expected {getattr(expected, name)}"
+            )
+    return [f"the model built on the meta device has {built.total:,}, of which {built.non_expert:,} non-expert"]
 
 
 def _layout(run: RunConfig, world_size: int) -> list[str]:

@@ -85,6 +85,23 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BuiltCounts:
+    """Parameters read off a model that was built (`meta.py`), with the padded vocabulary."""
+
+    total: int
+    """All parameters."""
+    experts: int
+    """Routed experts."""
+    router: int
+    """Routers."""
+
+    @property
+    def non_expert(self) -> int:
+        """As `ParameterCounts.non_expert`."""
+        return self.total - self.experts - self.router
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """What each rank of one pipeline stage holds, without activations and buffers."""
 

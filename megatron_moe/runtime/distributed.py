@@ -85,10 +85,16 @@ def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
+        _start_model_parallel(config, virtual_stages)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    _start_model_parallel(config, virtual_stages)
+        start_alone(backend)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def start_alone(backend: str = "gloo") -> None:
+    """A world of this one process, without a port; the CPU runtime must be installed where there is no GPU."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _start_model_parallel(ParallelConfig(), None)
 
 
 def _start_model_parallel(config: ParallelConfig, virtual_stages: int | None) -> None:
@@ -114,9 +120,3 @@ def stop() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def print_main(*values: object) -> None:
-    """Print on rank 0 only."""
-    if environment_rank() == 0:
-        print(*values, flush=True)

@@ -1,6 +1,5 @@
 """The training loop: build, resume, step, evaluate, report, save."""
 
-import dataclasses
 import math
 import resource
 import time
@@ -17,11 +16,11 @@ from megatron_moe.checkpoint.layout import latest_iteration
 from megatron_moe.checkpoint.load import load_checkpoint
 from megatron_moe.checkpoint.save import save_checkpoint
 from megatron_moe.checkpoint.state import Progress
-from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.datasets import Datasets, build_data_iterator, build_datasets, build_eval_iterator
-from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.model.flops import training_flops_per_token
 from megatron_moe.model.gpt import build_model
 from megatron_moe.moe.layout import expert_layout
@@ -208,21 +207,6 @@ class Trainer:
         )
         if progress.step:
             reporter.say(f"resumed at step {progress.step}, after {progress.consumed_samples} samples")
-
-
-def with_vocab_size(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The run with the tokenizer's vocabulary size filled in.
-
-    Raises:
-        ConfigError: --vocab-size was given and is smaller than the tokenizer's.
-    """
-    given = run.model.vocab_size
-    if given is not None and given < tokenizer.vocab_size:
-        raise ConfigError(
-            f"--vocab-size {given}: the tokenizer has {tokenizer.vocab_size} ids; leave it out or give at least that"
-        )
-    model = dataclasses.replace(run.model, vocab_size=given or tokenizer.vocab_size)
-    return dataclasses.replace(run, model=model)
 
 
 def peak_memory_bytes() -> int:

@@ -71,17 +71,20 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
     return optimizer
 
 
+def adam_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """Parameter groups of every torch.optim.AdamW inside megatron-core's optimizer."""
+    inner = [getattr(part, "optimizer", None) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [group for base in inner if isinstance(base, torch.optim.AdamW) for group in base.param_groups]
+
+
 def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """Take torch's fused AdamW kernel: the same update in one pass.
 
     megatron-core builds torch.optim.AdamW without it when neither Apex nor Transformer Engine is installed
     (`optimizer/__init__.py:_get_megatron_optimizer_based_on_param_groups`) and offers no switch.
     """
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        base = getattr(inner, "optimizer", None)
-        if isinstance(base, torch.optim.AdamW):
-            for group in base.param_groups:
-                group["fused"], group["foreach"] = True, False
+    for group in adam_groups(optimizer):
+        group["fused"], group["foreach"] = True, False
 
 
 def build_scheduler(

@@ -1,5 +1,6 @@
 """Tokenizers as the rest of the package sees them: one protocol, three kinds, saved beside checkpoints."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import sentencepiece
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.config.run import RunConfig
 from megatron_moe.data.tokenizer.build import END_OF_DOCUMENT
 
 # In a checkpoint: says which kind lies beside it.
@@ -248,6 +250,21 @@ def load_saved_tokenizer(directory: Path) -> Tokenizer:
         tokenizer_model=None if model is None else str(directory / model),
     )
     return load_tokenizer(data, saved.get("vocab_size"))
+
+
+def with_vocab_size(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The run with the tokenizer's vocabulary size filled in.
+
+    Raises:
+        ConfigError: --vocab-size was given and is smaller than the tokenizer's.
+    """
+    given = run.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"--vocab-size {given}: the tokenizer has {tokenizer.vocab_size} ids; leave it out or give at least that"
+        )
+    model = dataclasses.replace(run.model, vocab_size=given or tokenizer.vocab_size)
+    return dataclasses.replace(run, model=model)
 
 
 def _describe(directory: Path, description: dict[str, Any]) -> None:
