@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Pretrain DeepSpeed's 1.3B+PR-MoE-64/128 (31.4 B parameters): a pyramid of experts with a residual MLP, top-1.
+#
+# Needs: 16 GPUs of 80 GB on two nodes.
+#        Weights, gradients and optimizer state take 39.8 GiB of each GPU (--dry-run); activations come on top.
+# Data:  DATA_PATH, a prefix written by tools/preprocess_data.py (or weights and prefixes in turn), and TOKENIZER_MODEL.
+#
+#   DATA_PATH=data/pile TOKENIZER_MODEL=data/gpt2 bash examples/pretrain_pr_moe_1.3b.sh
+#   NNODES=1 GPUS_PER_NODE=1 bash examples/pretrain_pr_moe_1.3b.sh --dry-run --world-size 16
+#
+# Give the command on each of the 2 nodes, with MASTER_ADDR=<first node> and a NODE_RANK of 0 to 1.
+# Variables below can be set in front of the command. Flags behind the script's name are passed on and win.
+# A run that was stopped goes on from its last checkpoint when the same command is given again.
+set -euo pipefail
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+NNODES=${NNODES:-2}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-29500}
+
+TP=${TP:-1}   # tensor parallel
+PP=${PP:-1}   # pipeline parallel
+CP=${CP:-1}   # context parallel
+EP=${EP:-16}   # expert parallel
+ETP=${ETP:-1}  # tensor parallel inside an expert
+
+DATA_PATH=${DATA_PATH:-data/pile}
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-data/gpt2}
+SAVE=${SAVE:-runs/pr-moe-1.3b}
+
+# The recipe alone says all of this; what one changes most is spelled out. A test keeps the two equal.
+MODEL_ARGS=(
+    --recipe pr-moe-1.3b
+    --num-layers 24
+    --hidden-size 2048
+    --num-attention-heads 16
+    --seq-length 2048
+)
+
+MOE_ARGS=(
+    --num-experts 64 64 64 64 64 64 64 64 64 64 128 128
+    --expert-interval 2
+    --mlp-type residual
+    --moe-router-topk 1
+    --moe-aux-loss-coeff 0.01
+    --moe-expert-capacity-factor 1.0
+)
+
+TRAINING_ARGS=(
+    --micro-batch-size 1
+    --global-batch-size 512
+    --train-tokens 300_000_000_000
+    --lr 1.2e-4
+    --lr-decay-style cosine
+    --lr-warmup-iters 358
+    --fp16
+    --recompute-granularity full
+    --recompute-method uniform
+    --recompute-num-layers 1
+)
+
+MODEL_PARALLEL_ARGS=(
+    --tensor-model-parallel-size "$TP"
+    --pipeline-model-parallel-size "$PP"
+    --context-parallel-size "$CP"
+    --expert-model-parallel-size "$EP"
+    --expert-tensor-parallel-size "$ETP"
+    --use-distributed-optimizer
+)
+
+read -ra DATA_PREFIXES <<<"$DATA_PATH"
+DATA_ARGS=(
+    --data-path "${DATA_PREFIXES[@]}"
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model "$TOKENIZER_MODEL"
+    --num-workers 2
+)
+
+LOGGING_ARGS=(
+    --save "$SAVE"
+    --load "$SAVE"
+    --save-interval 1000
+    --keep-last 3
+    --log-interval 10
+)
+
+# One node finds a free port by itself.
+NODE_ARGS=(--standalone)
+if ((NNODES > 1)); then
+    NODE_ARGS=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+fi
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "${PY:-python3}" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE" "${NODE_ARGS[@]}" \
+    -m megatron_moe.pretrain \
+    "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" \
+    "${DATA_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
