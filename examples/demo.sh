@@ -35,7 +35,7 @@ else
 fi
 # Four processes on two cores: one thread each, or they stand in each other's way.
 [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1
-launch() { "$PY" -m torch.distributed.run --standalone --nproc-per-node "$PROCESSES" -m "$@"; }
+launch() { "$PY" -m megatron_moe.torchrun --standalone --nproc-per-node "$PROCESSES" -m "$@"; }
 
 say "real Chinese text: People's Daily of January 1998, and Romance of the Three Kingdoms"
 "$PY" tools/fetch_sample_corpus.py --output-dir "$DATA"
