@@ -29,17 +29,18 @@ def main(argv: Sequence[str]) -> None:
     )
     options: EvaluateOptions = flags["evaluation"]
     # torch is imported below: --help and wrong flags answer at once.
+    from megatron_moe.inference.evaluation_data import combine, open_data
     from megatron_moe.inference.output import check_output, write_text
     from megatron_moe.inference.saved_model import open_checkpoint
     from megatron_moe.runtime.distributed import environment_world_size
 
     saved = open_checkpoint(flags["checkpoint"], flags["parallel"], environment_world_size())
+    files = open_data(options.data_path, saved.vocab_size)
     if options.output is not None:
         check_output(options.output)
-    from megatron_moe.inference.evaluation import combine, evaluate_files, open_data
+    from megatron_moe.inference.evaluation import evaluate_files
     from megatron_moe.inference.model import load_saved
 
-    files = open_data(options.data_path, saved.vocab_size)
     model = load_saved(saved)
     results = evaluate_files(model, files, micro_batch_size=options.micro_batch_size, eval_iters=options.eval_iters)
     total = combine(results)

@@ -1,74 +1,26 @@
 """Loss and perplexity of a model on whole token files, every token read once.
 
 A file is one stream of tokens, as in training: documents follow each other, each closed by its end-of-document token.
-It is cut into windows of --seq-length tokens, and every token but the file's first is predicted once, from those before
-it in its window. (Training shuffles documents and drops an incomplete last window; on the same windows the numbers are
-the same.) --eod-mask-loss and --reset-position-ids hold as the run had them.
+It is cut into windows (`evaluation_data.py`), and a token is predicted from those before it in its window. (Training
+shuffles documents and drops an incomplete last window; on the same windows the numbers are the same.) --eod-mask-loss
+and --reset-position-ids hold as the run had them.
 
 Shape legend: B = windows of a batch, S = --seq-length or the longest window's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.indexed import IndexedFile, open_indexed
-from megatron_moe.data.stats import check_token_range
+from megatron_moe.data.indexed import IndexedFile
 from megatron_moe.inference.batching import pad_rows, plan_batches
+from megatron_moe.inference.evaluation_data import FileLoss, cut_windows
 from megatron_moe.inference.model import InferenceModel
-from megatron_moe.inference.score_file import perplexity
-
-
-@dataclass(frozen=True)
-class FileLoss:
-    """Result for one token file, or for all of them together."""
-
-    prefix: str
-    loss: float
-    """Mean negative log-probability of a predicted token, in nats."""
-    tokens: int
-    """Predicted tokens that count."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"prefix": self.prefix, "tokens": self.tokens, "loss": self.loss, "perplexity": perplexity(self.loss)}
-
-
-@dataclass(frozen=True)
-class _Window:
-    file: int
-    start: int
-    length: int
-    """Tokens in the window, the last of which is only predicted."""
-
-
-def open_data(prefixes: Sequence[str], vocab_size: int) -> list[IndexedFile]:
-    """The token files to evaluate on.
-
-    Raises:
-        ConfigError: a weight was given, or a file twice.
-        UserError: a pair is missing, damaged, of another tokenizer, or holds a single token.
-    """
-    files: list[IndexedFile] = []
-    for prefix in prefixes:
-        if prefix.replace(".", "", 1).isdigit() and not Path(f"{prefix}.idx").exists():
-            raise ConfigError(f"--data-path {prefix}: every token is read once; give prefixes without weights")
-        if prefix in (source.prefix for source in files):
-            raise ConfigError(f"--data-path {prefix}: given twice")
-        source = open_indexed(prefix)
-        if source.num_tokens < 2:
-            raise UserError(f"--data-path {prefix}: holds a single token; there is nothing to predict")
-        check_token_range(source, vocab_size)
-        files.append(source)
-    return files
 
 
 def evaluate_files(
@@ -113,15 +65,6 @@ def evaluate_files(
     return [_file_loss(files[index].prefix, *totals[index].tolist()) for index in sorted(read)]
 
 
-def cut_windows(files: Sequence[IndexedFile], seq_length: int) -> list[_Window]:
-    """Windows of up to seq_length + 1 tokens; neighbours share one, which the first predicts and the second reads."""
-    return [
-        _Window(number, start, min(seq_length + 1, source.num_tokens - start))
-        for number, source in enumerate(files)
-        for start in range(0, source.num_tokens - 1, seq_length)
-    ]
-
-
 def positions_and_mask(ids_BS: Tensor, run: RunConfig, eod: int) -> tuple[Tensor, Tensor]:
     """Positions [B, S] and which predictions count [B, S], as megatron-core's datasets have them.
 
@@ -135,13 +78,6 @@ def positions_and_mask(ids_BS: Tensor, run: RunConfig, eod: int) -> tuple[Tensor
     starts_BS = torch.zeros_like(columns_BS)
     starts_BS[:, 1:] = torch.where(ends_BS[:, :-1], columns_BS[:, 1:], 0)
     return columns_BS - starts_BS.cummax(dim=1).values, counts_BS
-
-
-def combine(results: Sequence[FileLoss]) -> FileLoss:
-    """All files together, every token with the same weight."""
-    tokens = sum(result.tokens for result in results)
-    loss = sum(result.loss * result.tokens for result in results) / tokens
-    return FileLoss("all", loss, tokens)
 
 
 def _file_loss(prefix: str, total: float, count: float) -> FileLoss:

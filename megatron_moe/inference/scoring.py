@@ -32,9 +32,13 @@ def score_sequences(
         On rank 0, for every sequence, [len(ids) - 1] natural logarithms; an empty list on the other ranks.
 
     Raises:
-        UserError: the model computes a value that is not finite.
+        UserError: a sequence is too short or too long, or the model computes a value that is not finite.
     """
     lengths = [len(ids) for ids in sequences]
+    longest = model.saved.max_positions + 1
+    for number, length in enumerate(lengths, start=1):
+        if not 2 <= length <= longest:
+            raise UserError(f"sequence {number}: {length} tokens; must be from 2 to {longest}")
     batches = plan_batches(lengths, micro_batch_size, model.replica, model.replicas)
     mine: dict[int, npt.NDArray[np.float32]] = {}
     for batch in tqdm(batches, unit="batch", disable=None if model.is_main else True):
