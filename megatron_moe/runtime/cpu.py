@@ -34,6 +34,9 @@ def replacements() -> list[Replacement]:
         Replacement(
             "torch.cuda", "current_device", lambda: standins.CPU, "buffers are allocated on the current device"
         ),
+        Replacement(
+            "torch.cuda", "is_available", lambda: False, "--device cpu on a machine with GPUs leaves them alone"
+        ),
         Replacement("torch.cuda", "device_count", lambda: 1, "the dataset builder divides threads by devices"),
         Replacement("torch.cuda", "synchronize", lambda device=None: None, "called around collectives and timers"),
         Replacement("torch.cuda", "Stream", standins.CpuStream, streams),
