@@ -262,7 +262,7 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
     )
     plain, dropout = (sdpa_kernel_name(device, rate) for rate in (0.0, 0.1))
     deep_ep = "installed" if _find("deep_ep") else "not installed"
-    fused = "no FusedAdam of Transformer Engine or Apex"
+    plain_torch = Adam.__module__.startswith("torch.")
     collective = "nccl" if device == "cuda" else "gloo"
     return (
         Backend("core attention", f"scaled_dot_product_attention ({plain})", f"with attention dropout: {dropout}"),
@@ -272,8 +272,8 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
         Backend("dispatcher", f"alltoall over {collective}", f"flex needs a GPU and DeepEP, which is {deep_ep}"),
         Backend(
             "optimizer",
-            f"{Adam.__module__.split('.')[0]} {Adam.__name__}",
-            fused if Adam.__module__.startswith("torch.") else "as megatron-core found it",
+            "torch AdamW, fused kernel" if plain_torch else f"{Adam.__module__.split('.')[0]} {Adam.__name__}",
+            "no FusedAdam of Transformer Engine or Apex" if plain_torch else "as megatron-core found it",
         ),
         Backend("collectives", collective, "there is a GPU" if device == "cuda" else "there is no GPU"),
     )
