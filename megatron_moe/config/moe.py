@@ -117,6 +117,7 @@ class MoEConfig:
             )
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise ConfigError("--moe-pad-expert-input-to-capacity: needs --moe-expert-capacity-factor")
+        self._check_padding()
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise ConfigError("--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid")
         self._check_router_scores()
@@ -129,6 +130,20 @@ class MoEConfig:
             )
         if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
             raise ConfigError("--moe-shared-expert-gate: needs --moe-shared-expert-intermediate-size")
+
+    def _check_padding(self) -> None:
+        # moe_utils.py:apply_router_token_dropping cannot pad an expert's input to more tokens than there are.
+        factor = self.moe_expert_capacity_factor
+        if factor is None or self.num_experts is None or not self.moe_pad_expert_input_to_capacity:
+            return
+        largest = min(self.num_experts) / self.moe_router_topk
+        require(
+            factor <= largest,
+            "moe_expert_capacity_factor",
+            factor,
+            f"at most {largest:g} (the smallest of --num-experts / --moe-router-topk) with "
+            "--moe-pad-expert-input-to-capacity",
+        )
 
     def _check_router_scores(self) -> None:
         softmax = self.moe_router_score_function == "softmax"

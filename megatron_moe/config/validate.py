@@ -215,5 +215,7 @@ def _check_recompute(run: RunConfig) -> None:
         raise ConfigError("--recompute-modules moe: needs --num-experts")
     if "shared_experts" in modules and run.moe.moe_shared_expert_intermediate_size is None:
         raise ConfigError("--recompute-modules shared_experts: needs --moe-shared-expert-intermediate-size")
-    if "moe_act" in modules and run.model.transformer_impl != "transformer_engine":
-        raise ConfigError("--recompute-modules moe_act: needs --transformer-impl transformer_engine")
+    # megatron/core/tensor_parallel/random.py:CheckpointWithoutOutput uses Transformer Engine's FP8 state without asking.
+    for module in ("moe_act", "layernorm"):
+        if module in modules and run.model.transformer_impl != "transformer_engine":
+            raise ConfigError(f"--recompute-modules {module}: needs --transformer-impl transformer_engine")

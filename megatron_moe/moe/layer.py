@@ -42,8 +42,8 @@ class PyramidMoELayer(MoELayer):
     ) -> None:
         if config.num_moe_experts % config.expert_model_parallel_size:
             raise ConfigError(
-                f"--num-experts {config.num_moe_experts} in layer {layer_number}: must be a multiple of "
-                f"--expert-model-parallel-size {config.expert_model_parallel_size}"
+                f"--num-experts {config.num_moe_experts}: must be a multiple of --expert-model-parallel-size "
+                f"{config.expert_model_parallel_size}"
             )
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.residual: ResidualMlp | None = None

@@ -13,8 +13,11 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     aux_losses: list[float] = field(default_factory=list)
+    z_losses: list[float] = field(default_factory=list)
     loads: list[dict[int, list[int]]] = field(default_factory=list)
     """Per step: tokens per expert of every MoE layer."""
+    dropped: list[dict[int, int]] = field(default_factory=list)
+    """Per step: assignments that found their expert full, of every MoE layer."""
     evaluations: list[float] = field(default_factory=list)
     skipped: int = 0
 
@@ -36,6 +39,8 @@ def train_curve(run: RunConfig) -> Curve:
             curve.losses.append(metrics["lm_loss"])
             curve.grad_norms.append(metrics["grad_norm"])
             curve.aux_losses.append(metrics.get("moe_aux_loss", 0.0))
+            curve.z_losses.append(metrics.get("moe_z_loss", 0.0))
+            curve.dropped.append({load.layer: load.dropped for load in loads})
             curve.loads.append({load.layer: load.tokens for load in loads})
             curve.skipped += metrics["skipped"]
             super().step(metrics, loads)

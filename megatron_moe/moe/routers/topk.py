@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter as MegatronTopKRouter
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class TopKRouter(MegatronTopKRouter):
     ) -> None:
         router_config = copy.copy(config)
         router_config.add_bias_linear = False
+        self._capacity_by_position: float | None = None
+        if config.moe_token_drop_policy == "position":
+            self._capacity_by_position = config.moe_expert_capacity_factor
+            router_config.moe_expert_capacity_factor = None
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         assert config.num_moe_experts is not None
         counters = torch.zeros(config.num_moe_experts + 1, dtype=torch.float32, device=torch.cuda.current_device())
@@ -47,10 +52,32 @@ class TopKRouter(MegatronTopKRouter):
             Weights [N, E] and the routing map [N, E] (bool).
         """
         probs_NE, map_NE = super().routing(logits, padding_mask)
+        if self._capacity_by_position is not None:
+            map_NE = self._keep_first(map_NE)
+            probs_NE = probs_NE * map_NE
         if self.training and torch.is_grad_enabled():
             # Under recompute the first pass has no gradients: each token is counted once.
             self._count(probs_NE.detach(), map_NE)
         return probs_NE, map_NE
+
+    @torch.no_grad()
+    def _keep_first(self, map_NE: Tensor) -> Tensor:
+        """The map without what comes after an expert is full, padded if asked for.
+
+        Upstream's own `position` policy takes the top k of a column of zeros and ones: which of the equal ones that
+        keeps is up to the kernel (`moe_utils.py:apply_router_token_dropping`).
+        """
+        places_N = torch.arange(map_NE.shape[0], 0, -1, device=map_NE.device)
+        order_NE = (places_N[:, None] + map_NE * map_NE.shape[0]).float()
+        _, kept_NE = apply_router_token_dropping(
+            order_NE,
+            map_NE,
+            self.topk,
+            self._capacity_by_position,
+            "probs",
+            self.config.moe_pad_expert_input_to_capacity,
+        )
+        return kept_NE
 
     @torch.no_grad()
     def _count(self, probs_NE: Tensor, map_NE: Tensor) -> None:
