@@ -76,14 +76,13 @@ class Trainer:
             reporter: who is told of every step. Default: one that writes the run's files on rank 0.
         """
         started = time.monotonic()
-        if self.world.is_main and self.run.checkpoint.save is not None:
-            Path(self.run.checkpoint.save).mkdir(parents=True, exist_ok=True)
-            save_run(self.run, Path(self.run.checkpoint.save) / "config.yaml")
         batches = self._training_batches()
         if reporter is None:
             reporter = Reporter(
                 self.run, first_step=self.progress.step, total_steps=self.steps, active=self.world.is_main
             )
+        if self.world.is_main and self.run.checkpoint.save is not None:
+            save_run(self.run, Path(self.run.checkpoint.save) / "config.yaml")
         with reporter:
             self._announce(reporter)
             while self.progress.step < self.steps:

@@ -40,6 +40,7 @@ class Reporter:
             return
         if run.checkpoint.save is not None:
             folder = Path(run.checkpoint.save)
+            folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, LOAD_FILE):
                 truncate_after(folder / name, first_step)
                 self._files[name] = (folder / name).open("a", encoding="utf-8")
