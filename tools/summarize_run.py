@@ -53,10 +53,11 @@ def summarize(run: Path, unigram: float) -> tuple[list[str], float]:
     if not steps or not evaluations:
         raise UserError(f"--run {run}: was not evaluated; train with --eval-interval")
     first, last, held = steps[0], steps[-1], evaluations[-1]
-    seconds = sum(row["step_seconds"] for row in steps)
+    # Only every --log-interval-th step has a row.
+    minutes = sum(row["step_seconds"] for row in steps) / len(steps) * last["step"] / 60
     speeds = sorted(row["tokens_per_second"] for row in steps)
     lines = [
-        f"steps            {last['step']}, {last['consumed_tokens']:,} tokens in {seconds / 60:.1f} minutes "
+        f"steps            {last['step']}, {last['consumed_tokens']:,} tokens in about {minutes:.1f} minutes "
         f"(median {speeds[len(speeds) // 2]:,.0f} tokens/s)",
         f"training loss    {first['lm_loss']:.3f} at step {first['step']} -> {last['lm_loss']:.3f} at the last",
         f"held-out loss    {held['eval_lm_loss']:.3f} nats per token, perplexity {held['eval_perplexity']:.1f}",
