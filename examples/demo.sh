@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 PY=${PY:-python3}
 DEMO_DIR=${DEMO_DIR:-runs/demo}
 DATA=$DEMO_DIR/data
-RUN=$DEMO_DIR/run
+RUN=$DEMO_DIR/tiny-cpu
 VOCAB_SIZE=4000
 MARGIN=${MARGIN:-0.8}
 PROMPTS=("曹操" "北京" "中国经济")
@@ -64,7 +64,13 @@ say "generation"
     --top-p 0.9 --seed 1
 
 say "plot"
-"$PY" tools/plot_run.py --run "$RUN" --output "$RUN/training.png"
+# The loss of a model that ignores context, as a line to fall below.
+UNIGRAM=$("$PY" -c '
+import sys
+from megatron_moe.data.stats import unigram_cross_entropy
+print(unigram_cross_entropy(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+' "$DATA/train" "$DATA/heldout" "$VOCAB_SIZE")
+"$PY" tools/plot_run.py --run "$RUN" --output "$RUN/training.png" --unigram-entropy "$UNIGRAM"
 
 say "done"
 "$PY" tools/summarize_run.py --run "$RUN" --train-prefix "$DATA/train" --heldout-prefix "$DATA/heldout" \
