@@ -47,7 +47,7 @@ class LoggingConfig:
     """What a run reports while it trains."""
 
     log_interval: int = 1
-    """Report every this many steps."""
+    """Report every this many steps, and the first and the last."""
     tensorboard: bool = True
     """Write TensorBoard events to the run's directory."""
     wandb_project: str | None = None

@@ -125,7 +125,7 @@ class Trainer:
             # Counters are emptied every step, reported or not, so that a line stands for one step.
             loads = collect_loads(self.model, layout.experts_per_layer)
             aux = collect_aux_losses(self.run.model.num_layers, layout.num_moe_layers, micro_batches)
-        if self.progress.step % self.run.logging.log_interval:
+        if self.progress.step % self.run.logging.log_interval and self.progress.step not in (1, self.steps):
             return
         tokens = samples * self.run.model.seq_length
         metrics: dict[str, Any] = {
