@@ -60,6 +60,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
         use_gloo_process_groups=False,
     )
     _use_fused_adam(optimizer)
+    _share_loss_scale(optimizer)
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -85,6 +86,31 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """
     for group in adam_groups(optimizer):
         group["fused"], group["foreach"] = True, False
+
+
+def _share_loss_scale(optimizer: MegatronOptimizer) -> None:
+    """Keep the loss scales of experts and of the rest equal (fp16).
+
+    megatron-core gives either optimizer a scaler of its own, which sees its own overflows only
+    (`optimizer/optimizer.py:ChainedOptimizer.prepare_grads`), while the loss is scaled by the first one's alone: after
+    an overflow in just one of them, the gradients of the experts would be divided by another scale than the loss's.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [])
+    scalers = [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
+    if len(scalers) < 2:
+        return
+    prepare = optimizer.prepare_grads
+
+    def prepare_grads() -> bool:
+        before = [scaler.state_dict() for scaler in scalers]
+        overflow = prepare()
+        for scaler, state in zip(scalers, before, strict=True):
+            if state:
+                scaler.load_state_dict(state)
+            scaler.update(overflow)
+        return overflow
+
+    optimizer.prepare_grads = prepare_grads
 
 
 def build_scheduler(

@@ -1,4 +1,4 @@
-"""SdpaAttention: equal to megatron-core's own attention, causal, linear in memory, and splittable along the sequence."""
+"""SdpaAttention: equal to megatron-core's own attention, causal, linear in memory, splittable along the sequence."""
 
 from typing import Any
 
@@ -116,7 +116,7 @@ def saved_bytes(kind: str, groups: int, lengths: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["MHA", "GQA"])
 def test_memory_for_the_backward_pass_is_linear_in_the_sequence(groups: int) -> None:
-    """Query, key, value and output once each, and the log-sum-exp of every row; upstream's S x S shows as a factor 4."""
+    """Query, key, value and output once each, and the log-sum-exp of each row; upstream's S x S shows as a factor 4."""
     lengths = (256, 512)
     short, long = run_ranks(1, saved_bytes, "sdpa", groups, lengths)[0]
     per_token = BATCH * HEADS * (4 * WIDTH + 4) * 4

@@ -1,4 +1,4 @@
-"""Every variant of the decoder builds, counts right, trains all its parameters, and is the same under tensor parallelism.
+"""Every variant of the decoder builds, counts right, trains all its parameters, and equals itself under tensor 2.
 
 A pairwise covering set stands for the full product of the variants: any two choices occur together in some row.
 """

@@ -394,7 +394,7 @@ def test_a_count_that_cannot_be_shared_out_is_an_error() -> None:
 
 def test_padding_beyond_the_tokens_there_are_is_refused() -> None:
     """Upstream crashes there: this says so before anything is built."""
-    with pytest.raises(ConfigError, match="--moe-expert-capacity-factor 2.5: must be at most 2 "):
+    with pytest.raises(ConfigError, match=r"--moe-expert-capacity-factor 2\.5: must be at most 2 "):
         tiny_run(**COMMON, moe_router_topk=2, moe_expert_capacity_factor=2.5, moe_pad_expert_input_to_capacity=True)
 
 

@@ -14,7 +14,7 @@ from megatron_moe.runtime import cuda_standins as standins
 from megatron_moe.runtime import replace
 from megatron_moe.runtime.replace import Replacement
 from tests.helpers.distributed import run_ranks
-from tests.helpers.models import Trained, assemble, train_and_gather
+from tests.helpers.models import Trained, assemble, assert_close, train_and_gather
 from tests.helpers.tiny import data_flags, tiny_run
 
 
@@ -236,15 +236,16 @@ EVERYTHING = {"recompute_granularity": "selective", "recompute_modules": ("core_
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_recompute_draws_the_same_dropout(ranks: int, tiny_data: Path) -> None:
-    """Bit for bit, losses of three steps and the last gradients: the same operations on the same numbers."""
+    """Losses of three steps and the last gradients. Another mask shows as 1e-2; gradients that meet at one tensor are
+    added in another order, which moves the last place."""
     flags = data_flags(tiny_data) | DROPOUT | {"tensor_model_parallel_size": ranks}
     kept: list[Trained] = run_ranks(ranks, train_and_gather, tiny_run(**flags))
     quiet: list[Trained] = run_ranks(ranks, train_and_gather, tiny_run(**flags | {"hidden_dropout": 0.0}))
     assert quiet[0].losses != kept[0].losses, "dropout must do something"
     for recompute in (FULL, EVERYTHING):
         redone: list[Trained] = run_ranks(ranks, train_and_gather, tiny_run(**flags, **recompute))
-        assert [rank.losses for rank in redone] == [rank.losses for rank in kept]
-        assert [rank.grad_norms for rank in redone] == [rank.grad_norms for rank in kept]
-        expected = assemble([rank.gradients for rank in kept])
-        for key, gradient in assemble([rank.gradients for rank in redone]).items():
-            np.testing.assert_array_equal(gradient, expected[key], err_msg=key)
+        for again, first in zip(redone, kept, strict=True):
+            assert again.losses[0] == first.losses[0]
+            assert again.losses == pytest.approx(first.losses, rel=2e-6)
+            assert again.grad_norms == pytest.approx(first.grad_norms, rel=1e-5)
+        assert_close(assemble([rank.gradients for rank in redone]), assemble([rank.gradients for rank in kept]), 1e-4)

@@ -87,6 +87,22 @@ class TopKRouter(MegatronTopKRouter):
         self.load_counters[:-1] += kept_E
         self.load_counters[-1] += map_NE.shape[0] * self.topk - kept_E.sum()
 
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, aux_loss_name: str, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Upstream's, with the gradient of the global loss made independent of the number of replicas.
+
+        The global loss of a replica is its share of a sum over all of them, yet upstream averages gradients over
+        replicas as it does for the per-replica loss, which is a mean: with D replicas the coefficient would count for
+        1/D of what it does in one process.
+        """
+        if aux_loss_name == "global_load_balancing_loss":
+            replicas = self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+            aux_loss = aux_loss + (aux_loss - aux_loss.detach()) * (replicas - 1)
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs
+        )
+
     def take_load(self) -> Tensor:
         """Tokens per expert [E] and, last, dropped assignments since the last call, on this rank."""
         counters = self.load_counters.clone()
