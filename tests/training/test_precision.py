@@ -83,8 +83,8 @@ def scales(run: Any, poisoned: dict[int, str]) -> list[dict[str, Any]]:
             last = dist.get_rank() == dist.get_world_size() - 1
             replicated = run.parallel.expert_model_parallel_size > 1 and poisoned.get(step) == "the rest"
             if step in poisoned and (last or replicated):
-                name, parameter = next(
-                    (name, parameter)
+                parameter = next(
+                    parameter
                     for name, parameter in trainer.model[0].named_parameters()
                     if ("experts" in name) == (poisoned[step] == "experts")
                 )
