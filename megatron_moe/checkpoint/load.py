@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from megatron_moe.checkpoint import torch_metadata
+from megatron_moe.checkpoint import torch_adam, torch_metadata
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, optimizer_state, rng_state
 from megatron_moe.config.base import UserError, flag_name, format_value
@@ -62,6 +62,8 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
     sharded = model_state(model)
     wanted: dict[str, Any] = dict(sharded)
     if not run.checkpoint.no_load_optim:
+        replace.apply([torch_adam.REPLACEMENT])
+        torch_adam.fill_empty_states(optimizer)
         wanted["optimizer"] = optimizer_state(sharded, optimizer, is_loading=True)
     same_layout = saved.layout == current_layout()
     if same_layout and not run.checkpoint.no_load_rng:
@@ -69,6 +71,7 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
     state = _read(wanted, model, folder)
     if "optimizer" in wanted:
         optimizer.load_state_dict(state["optimizer"])
+        torch_adam.separate_steps(optimizer)
     else:
         optimizer.reload_model_params()
     scheduler.load_state_dict(common["scheduler"])
