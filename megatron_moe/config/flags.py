@@ -105,6 +105,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--flag and --no-flag. argparse's own class takes every spelling that begins with --no- for the second, so that
+    --no-load-optim would turn itself off."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Set the field: the first spelling is the one that turns it on."""
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
+
+
 def _parser(prog: str, description: str, example: str, sections: Mapping[str, type]) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -132,7 +143,7 @@ def _add_flag(group: Any, spec: FieldSpec) -> None:
         help_text += f" (default: {'on' if spec.default is True else format_value(spec.default)})"
     help_text = help_text.replace("%", "%%")
     if spec.scalar is bool and not spec.many:
-        group.add_argument(spec.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text)
+        group.add_argument(spec.flag, action=_Switch, default=argparse.SUPPRESS, help=help_text)
         return
     words = {int: "N", float: "X", str: "TEXT"}
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices is not None else words[spec.scalar]

@@ -38,6 +38,11 @@ def test_every_kind_of_flag() -> None:
     assert run.moe.moe_router_pre_softmax is False
 
 
+def test_switch_whose_name_begins_with_no() -> None:
+    assert _run("--load a --no-load-optim").checkpoint.no_load_optim
+    assert not _run("--load a --no-load-optim --no-no-load-optim").checkpoint.no_load_optim
+
+
 def test_none_unsets_an_optional_flag() -> None:
     run = _run("--recipe pai-gpt-moe-16b --moe-expert-capacity-factor none --num-query-groups none")
     assert run.moe.moe_expert_capacity_factor is None
