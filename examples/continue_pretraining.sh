@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Go on with a run, or start a new one from its weights.
 #
-# Needs: the GPUs and the memory of the run that LOAD names. Another number of processes, or other parallel sizes, are
-#        fine: checkpoints can be read under any layout.
+# Needs: the GPUs and the memory of the run that LOAD names. Another number of processes and other sizes are fine:
+#        weights can be read under any layout. The optimizer's state cannot go between a layout whose experts are
+#        spread (EP > 1, or ETP unlike TP) and one whose experts are not: add --no-load-optim there.
 #
 #   LOAD=runs/pr-moe-350m bash examples/continue_pretraining.sh
 #       resumes where that run stopped: weights, optimizer, schedule and data position
@@ -27,6 +28,9 @@ SAVE=${SAVE:-$LOAD}
 MODEL_ARGS=(
     --config "$LOAD/config.yaml"
     --load "$LOAD"
+    # How an earlier continuation was loaded stands in its config.yaml, too; it is not meant for this one.
+    --no-no-load-optim
+    --no-no-load-rng
 )
 if [[ $SAVE == "$LOAD" ]]; then
     MODEL_ARGS+=(--no-finetune)

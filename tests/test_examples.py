@@ -252,9 +252,9 @@ def test_slurm_on_two_nodes_that_are_one(tiny_data: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps by one process."""
+    """A run of two steps by two processes."""
     save = tmp_path_factory.mktemp("trained") / "run"
-    variables = {**data_variables(tiny_data), "GPUS_PER_NODE": 1, "EP": 1, "SAVE": save}
+    variables = {**data_variables(tiny_data), "GPUS_PER_NODE": 2, "EP": 2, "SAVE": save}
     run_script("pretrain_pai_gpt_moe_16b.sh", variables, [*SMALL, "--no-fp16", "--train-tokens", "none"])
     return save
 
@@ -271,7 +271,7 @@ def test_resume_under_another_layout(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_new_run_from_weights(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
-    variables = {"LOAD": trained, "SAVE": tmp_path / "new", "DATA_PATH": tiny_data / "valid", "GPUS_PER_NODE": 1}
+    variables = {"LOAD": trained, "SAVE": tmp_path / "new", "DATA_PATH": tiny_data / "valid", "GPUS_PER_NODE": 1, "EP": 1}
     run_script("continue_pretraining.sh", variables, ["--train-iters", "1"])
     check_run(tmp_path / "new", 1)
     check_run(trained, 2)
@@ -280,13 +280,8 @@ def test_new_run_from_weights(trained: Path, tiny_data: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_generate(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("北京\n今天\n", encoding="utf-8")
-    variables = {
-        "LOAD": trained,
-        "PROMPT_FILE": tmp_path / "prompts.txt",
-        "OUTPUT": tmp_path / "out.jsonl",
-        "GPUS_PER_NODE": 2,
-        "EP": 2,
-    }
+    variables = {"LOAD": trained, "PROMPT_FILE": tmp_path / "prompts.txt", "OUTPUT": tmp_path / "out.jsonl"}
+    variables |= {"GPUS_PER_NODE": 2, "TP": 2}
     run_script("generate.sh", variables, ["--max-new-tokens", "4", "--device", "cpu"])
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["北京", "今天"]
