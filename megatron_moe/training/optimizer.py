@@ -60,6 +60,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
         use_gloo_process_groups=False,
     )
     _use_fused_adam(optimizer)
+    _let_sgd_be_loaded(optimizer)
     _share_loss_scale(optimizer)
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
@@ -86,6 +87,23 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """
     for group in adam_groups(optimizer):
         group["fused"], group["foreach"] = True, False
+
+
+def _let_sgd_be_loaded(optimizer: MegatronOptimizer) -> None:
+    """Give SGD the function that makes its state before a checkpoint is loaded into it.
+
+    megatron-core has one for Adam only and calls None (`optimizer/optimizer.py:FP32Optimizer.sharded_state_dict`). A
+    momentum of zeros is what SGD starts from.
+    """
+
+    def fill(sgd: torch.optim.SGD, config: Any = None) -> None:
+        for group in sgd.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                sgd.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(getattr(inner, "optimizer", None), torch.optim.SGD):
+            inner.init_state_fn = fill
 
 
 def _share_loss_scale(optimizer: MegatronOptimizer) -> None:
