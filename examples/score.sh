@@ -4,10 +4,11 @@
 # Needs: memory for the weights, 2 bytes a parameter in bf16 or fp16 (4 with --eval-fp32), spread over TP x PP x EP
 #        processes. The layout need not be the one of the training. Small models run without a GPU.
 #
-#   LOAD=runs/quickstart INPUT=data/heldout.jsonl OUTPUT=scores.jsonl bash examples/score.sh
+#   LOAD=runs/quickstart INPUT=texts.jsonl OUTPUT=scores.jsonl bash examples/score.sh
 #   LOAD=runs/pai-gpt-moe-16b GPUS_PER_NODE=8 EP=8 INPUT=a.jsonl OUTPUT=b.jsonl bash examples/score.sh --eval-fp32
 #
-# INPUT:  JSON Lines with `text` or `ids`. OUTPUT: a line for each: ids, logprobs, sum, mean, perplexity.
+# INPUT:  JSON Lines with `text` or `ids`, each no longer than the positions of the model.
+# OUTPUT: a line for each: ids, logprobs, sum, mean, perplexity.
 # Flags behind the script's name are passed on and win: python -m megatron_moe.score --help.
 set -euo pipefail
 

@@ -24,14 +24,20 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.*"))
 PRETRAIN = sorted(path.name for path in EXAMPLES.glob("pretrain_*.sh"))
 TIMEOUT_SECONDS = 240
 
+
+def flags(text: str) -> list[str]:
+    """The words of a command line."""
+    return text.split()
+
+
 # A model of the same kind that trains in seconds.
-SMALL = """
+SMALL = flags("""
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-experts 4 8
     --seq-length 32 --max-position-embeddings 64 --vocab-size 896 --micro-batch-size 1 --global-batch-size 4
     --train-iters 2 --lr-warmup-iters 0 --eval-interval 0 --log-interval 1 --num-workers 0 --device cpu
-""".split()
-SENTENCEPIECE = ["--tokenizer-type", "SentencePieceTokenizer"]
-QWEN3 = "--num-experts 4 4 8 8 --kv-channels 8 --num-query-groups 2 --moe-ffn-hidden-size 16 --moe-router-topk 2"
+""")
+SENTENCEPIECE = flags("--tokenizer-type SentencePieceTokenizer")
+QWEN3 = flags("--num-experts 4 4 8 8 --kv-channels 8 --num-query-groups 2 --moe-ffn-hidden-size 16 --moe-router-topk 2")
 
 LAUNCHES: dict[str, tuple[dict[str, int], list[str]]] = {
     "pretrain_pai_gpt_moe_16b.sh": (
@@ -46,20 +52,20 @@ LAUNCHES: dict[str, tuple[dict[str, int], list[str]]] = {
     ),
     "pretrain_qwen3_moe_30b_a3b.sh": (
         {"GPUS_PER_NODE": 2, "NNODES": 1, "TP": 1, "PP": 2, "EP": 1},
-        [*SENTENCEPIECE, *QWEN3.split()],
+        [*SENTENCEPIECE, *QWEN3],
     ),
 }
 """Script -> layout, and flags over `SMALL`."""
 
 
 def run_script(
-    name: str, variables: Mapping[str, object], flags: Sequence[str] = (), cwd: Path = ROOT
+    name: str, variables: Mapping[str, object], arguments: Sequence[str] = (), cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run an example as a user does: variables in front, flags behind. It must succeed."""
     environment = {**os.environ, "PY": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {key: str(value) for key, value in variables.items()}
     done = subprocess.run(
-        ["bash", str(EXAMPLES / name), *flags],
+        ["bash", str(EXAMPLES / name), *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -173,8 +179,8 @@ def test_every_pretraining_script_is_run() -> None:
 
 
 def test_dry_run_through_a_script() -> None:
-    flags = ["--dry-run", "--world-size", "8"]
-    done = run_script("pretrain_pai_gpt_moe_16b.sh", {"NNODES": 1, "GPUS_PER_NODE": 1}, flags)
+    variables = {"NNODES": 1, "GPUS_PER_NODE": 1}
+    done = run_script("pretrain_pai_gpt_moe_16b.sh", variables, flags("--dry-run --world-size 8"))
     assert "16,353,234,968 (16.353 B)" in done.stdout
     assert "8 processes: TP 1, PP 1, CP 1, DP 8, EP 8" in done.stdout
 
@@ -182,9 +188,9 @@ def test_dry_run_through_a_script() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_pretrain(name: str, tiny_data: Path, tmp_path: Path) -> None:
-    layout, flags = LAUNCHES[name]
+    layout, more = LAUNCHES[name]
     save = tmp_path / "run"
-    run_script(name, {**data_variables(tiny_data), **layout, "SAVE": save}, [*SMALL, *flags])
+    run_script(name, {**data_variables(tiny_data), **layout, "SAVE": save}, [*SMALL, *more])
     check_run(save, 2)
     run = load_run(save / "config.yaml")
     assert run.parallel.expert_model_parallel_size == layout["EP"]
@@ -198,10 +204,12 @@ def test_quickstart(tiny_data: Path, tmp_path: Path) -> None:
     data.mkdir()
     shutil.copy(tiny_data / "train.jsonl", data / "train.jsonl")
     shutil.copy(tiny_data / "valid.jsonl", data / "heldout.jsonl")
-    small = "--num-layers 4 --hidden-size 32 --num-experts 4 8 --seq-length 64 --global-batch-size 4 --train-iters 2"
-    flags = f"{small} --lr-warmup-iters 0 --log-interval 1 --eval-iters 1 --device cpu".split()
+    small = flags("""
+        --num-layers 4 --hidden-size 32 --num-experts 4 8 --seq-length 64 --global-batch-size 4 --train-iters 2
+        --lr-warmup-iters 0 --log-interval 1 --eval-iters 1 --device cpu
+    """)
     variables = {"DATA_DIR": "data", "SAVE": "run", "VOCAB_SIZE": 860}
-    done = run_script("quickstart_cpu.sh", variables, flags, cwd=tmp_path)
+    done = run_script("quickstart_cpu.sh", variables, small, cwd=tmp_path)
     check_run(tmp_path / "run", 2)
     assert (data / "bpe.model").exists()
     assert "perplexity" in done.stdout
@@ -271,7 +279,13 @@ def test_resume_under_another_layout(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_new_run_from_weights(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
-    variables = {"LOAD": trained, "SAVE": tmp_path / "new", "DATA_PATH": tiny_data / "valid", "GPUS_PER_NODE": 1, "EP": 1}
+    variables = {
+        "LOAD": trained,
+        "SAVE": tmp_path / "new",
+        "DATA_PATH": tiny_data / "valid",
+        "GPUS_PER_NODE": 1,
+        "EP": 1,
+    }
     run_script("continue_pretraining.sh", variables, ["--train-iters", "1"])
     check_run(tmp_path / "new", 1)
     check_run(trained, 2)
