@@ -70,8 +70,16 @@ def publish(unfinished: Path, iteration: int) -> Path:
 
 
 def prune(run_dir: str | Path, keep_last: int) -> list[Path]:
-    """Delete all but the newest checkpoints; returns what was deleted."""
-    folders = sorted(path for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED and path.is_dir())
+    """Delete all but the newest checkpoints; returns what was deleted.
+
+    Checkpoints of later steps than the latest one were left by a run that went further before; they go first.
+    """
+    latest = latest_iteration(run_dir)
+    current = checkpoint_folder(run_dir, latest) if latest is not None else None
+    folders = sorted(
+        (path for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED and path.is_dir()),
+        key=lambda path: (current is None or path.name <= current.name, path.name),
+    )
     doomed = folders[:-keep_last]
     for folder in doomed:
         # Renamed first, so that a half-deleted checkpoint never looks like a whole one.

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.base import ConfigError, format_value, require, require_fraction, require_positive
+from megatron_moe.config.base import (
+    ConfigError,
+    flag_name,
+    format_value,
+    require,
+    require_fraction,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +130,31 @@ class MoEConfig:
         self._check_router_scores()
         if (self.moe_router_num_groups is None) != (self.moe_router_group_topk is None):
             raise ConfigError("--moe-router-num-groups and --moe-router-group-topk: give both or neither")
-        if self.moe_router_load_balancing_type == "sinkhorn" and self.moe_aux_loss_coeff > 0:
+        self._check_sinkhorn()
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ConfigError("--moe-shared-expert-gate: needs --moe-shared-expert-intermediate-size")
+
+    def _check_sinkhorn(self) -> None:
+        """Sinkhorn takes its own way past the flags that shape scores (upstream `TopKRouter.routing`)."""
+        if self.moe_router_load_balancing_type != "sinkhorn":
+            return
+        if self.moe_aux_loss_coeff > 0:
             raise ConfigError(
                 f"--moe-aux-loss-coeff {self.moe_aux_loss_coeff}: must be 0 with "
                 "--moe-router-load-balancing-type sinkhorn"
             )
-        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
-            raise ConfigError("--moe-shared-expert-gate: needs --moe-shared-expert-intermediate-size")
+        for name in (
+            "moe_expert_capacity_factor",
+            "moe_router_enable_expert_bias",
+            "moe_router_num_groups",
+            "moe_router_topk_scaling_factor",
+        ):
+            value = getattr(self, name)
+            if value:
+                raise ConfigError(
+                    f"{flag_name(name)} {format_value(value)}: cannot be combined with "
+                    "--moe-router-load-balancing-type sinkhorn, which assigns tokens in its own way"
+                )
 
     def _check_padding(self) -> None:
         # moe_utils.py:apply_router_token_dropping cannot pad an expert's input to more tokens than there are.
@@ -157,11 +182,6 @@ class MoEConfig:
             raise ConfigError(
                 f"--moe-router-topk-scaling-factor {factor}: needs --moe-router-pre-softmax or "
                 "--moe-router-score-function sigmoid"
-            )
-        if self.moe_router_load_balancing_type == "sinkhorn" and self.moe_expert_capacity_factor is not None:
-            raise ConfigError(
-                f"--moe-expert-capacity-factor {self.moe_expert_capacity_factor}: cannot be combined with "
-                "--moe-router-load-balancing-type sinkhorn, which balances the load itself"
             )
 
     @property

@@ -48,6 +48,8 @@ class OptimizerConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require_fraction(self, "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction")
         require(self.adam_eps > 0, "adam_eps", self.adam_eps, "greater than 0")
+        if self.lr_warmup_init > self.lr:
+            raise ConfigError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
         if self.min_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:

@@ -72,6 +72,10 @@ class TrainingConfig:
             "recompute_num_layers",
             "eval_iters",
         )
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "greater than 0")
         require(self.eval_interval >= 0, "eval_interval", self.eval_interval, "at least 0")
         limit = self.exit_duration_in_mins
         require(limit is None or limit > 0, "exit_duration_in_mins", limit, "greater than 0")

@@ -4,7 +4,9 @@
 its value and what would be right. What a section can check alone, it checks when it is made.
 """
 
-from megatron_moe.config.base import ConfigError, flag_name, require
+from dataclasses import fields
+
+from megatron_moe.config.base import ConfigError, flag_name, format_value, require
 from megatron_moe.config.moe import check_expert_parallel
 from megatron_moe.config.run import RunConfig
 
@@ -20,6 +22,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_tensor_parallel(run, experts_per_layer)
     _check_pipeline(run)
     _check_sequence(run)
+    _check_dense(run)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
     _check_optimizer(run)
@@ -133,13 +136,48 @@ def _check_router_groups(run: RunConfig, experts_per_layer: tuple[int, ...]) -> 
     )
 
 
+def _check_dense(run: RunConfig) -> None:
+    """Flags that have no meaning for this model may not be given: nothing is ignored."""
+    if run.moe.num_experts is None:
+        for field in fields(run.moe):
+            value = getattr(run.moe, field.name)
+            if value != field.default:
+                raise ConfigError(f"{flag_name(field.name)} {format_value(value)}: needs --num-experts")
+    if run.model.position_embedding_type != "rope":
+        for name in ("rotary_base", "rotary_percent"):
+            value = getattr(run.model, name)
+            default = next(field.default for field in fields(run.model) if field.name == name)
+            if value != default:
+                raise ConfigError(f"{flag_name(name)} {value}: needs --position-embedding-type rope")
+
+
 def _check_backends(run: RunConfig) -> None:
-    if run.parallel.device != "cpu":
-        return
-    if run.model.transformer_impl == "transformer_engine":
+    parallel = run.parallel
+    if parallel.context_parallel_size > 1 and run.model.attention_backend == "unfused":
+        raise ConfigError(
+            f"--attention-backend unfused: must be sdpa with --context-parallel-size {parallel.context_parallel_size}"
+        )
+    if run.model.transformer_impl == "transformer_engine" and parallel.expert_tensor_size > 1:
+        # transformer_config.py: "Bias in Moe is only supported when ETP==1"; moe/experts.py lifts it for local experts.
+        require(
+            run.moe.num_experts is None or run.model.disable_bias_linear,
+            "expert_tensor_parallel_size",
+            parallel.expert_tensor_size,
+            "1 for experts with biases under --transformer-impl transformer_engine (or give --disable-bias-linear)",
+        )
+    if parallel.device == "cpu" and run.model.transformer_impl == "transformer_engine":
         raise ConfigError("--transformer-impl transformer_engine: needs a GPU; with --device cpu it is local")
-    if run.moe.moe_token_dispatcher_type == "flex":
+    if parallel.device == "cpu" and run.moe.moe_token_dispatcher_type == "flex":
         raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; with --device cpu it is alltoall")
+    if run.moe.moe_token_dispatcher_type == "flex":
+        # megatron/core/transformer/moe/token_dispatcher.py:MoEFlexTokenDispatcher.__init__
+        ranks = parallel.tensor_model_parallel_size * parallel.expert_model_parallel_size
+        require(
+            ranks > 1,
+            "moe_token_dispatcher_type",
+            "flex",
+            "alltoall or allgather when --tensor-model-parallel-size and --expert-model-parallel-size are 1",
+        )
 
 
 def _check_optimizer(run: RunConfig) -> None:
@@ -215,7 +253,7 @@ def _check_recompute(run: RunConfig) -> None:
         raise ConfigError("--recompute-modules moe: needs --num-experts")
     if "shared_experts" in modules and run.moe.moe_shared_expert_intermediate_size is None:
         raise ConfigError("--recompute-modules shared_experts: needs --moe-shared-expert-intermediate-size")
-    # megatron/core/tensor_parallel/random.py:CheckpointWithoutOutput uses Transformer Engine's FP8 state without asking.
+    # tensor_parallel/random.py:CheckpointWithoutOutput uses Transformer Engine's FP8 state without asking.
     for module in ("moe_act", "layernorm"):
         if module in modules and run.model.transformer_impl != "transformer_engine":
             raise ConfigError(f"--recompute-modules {module}: needs --transformer-impl transformer_engine")

@@ -108,12 +108,13 @@ def attention(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, d
     """`scaled_dot_product_attention` with grouped heads; with fewer queries than keys the mask is aligned to the
     end, as a cache and context parallelism need it."""
     heads, groups = q_BHSD.shape[1], k_BGTD.shape[1]
-    if heads != groups:
+    queries, keys = q_BHSD.shape[2], k_BGTD.shape[2]
+    mask = causal_lower_right(queries, keys) if causal and queries not in (1, keys) else None
+    grouped = heads != groups and q_BHSD.is_cuda and mask is None
+    if heads != groups and not grouped:
         # torch's CPU flash kernel takes equal head counts only; its grouped fallback keeps the S x S matrix.
         k_BGTD = k_BGTD.repeat_interleave(heads // groups, dim=1)
         v_BGTD = v_BGTD.repeat_interleave(heads // groups, dim=1)
-    queries, keys = q_BHSD.shape[2], k_BGTD.shape[2]
-    mask = causal_lower_right(queries, keys) if causal and queries not in (1, keys) else None
     return F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
@@ -122,6 +123,7 @@ def attention(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, d
         dropout_p=dropout,
         is_causal=causal and queries == keys,
         scale=scale,
+        enable_gqa=grouped,
     )
 
 

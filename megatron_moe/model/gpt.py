@@ -5,6 +5,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
+from megatron_moe.config.base import ConfigError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.init import initialize_weights
 from megatron_moe.model.specs import block_spec
@@ -47,6 +48,8 @@ def build_model(run: RunConfig, *, inference: bool = False, initialize: bool = T
         inference: build for generation and scoring (see `build_transformer_config`).
         initialize: draw the initial weights; not needed when a checkpoint follows.
     """
+    if run.moe.moe_token_dispatcher_type == "flex" and not torch.cuda.is_available():
+        raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; there is none here, use alltoall")
     replace.apply([expert_bias.REPLACEMENT])
     config = build_transformer_config(run, inference=inference)
     stages: list[int | None] = list(range(run.virtual_stages or 0)) or [None]

@@ -57,7 +57,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
     data, kind = shard.data, shard.key.rsplit(".", 1)[-1]
-    if kind == "bias" or "expert_bias" in shard.key:
+    if kind.endswith("bias"):
         data.zero_()
     elif "norm" in shard.key:
         data.fill_(1.0)

@@ -36,7 +36,7 @@ class PyramidTransformerConfig(TransformerConfig):
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
         # rank (transformer_config.py: "Bias in Moe is only supported when ETP==1"); moe/experts.py counts them once.
         bias = vars(self)["add_bias_linear"]
-        self.add_bias_linear = False
+        self.add_bias_linear = bias and vars(self)["transformer_impl"] != "local"
         super().__post_init__()
         self.add_bias_linear = bias
 
@@ -147,7 +147,8 @@ def _experts(run: RunConfig, inference: bool) -> dict[str, Any]:
         "moe_router_group_topk": moe.moe_router_group_topk,
         "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": 0.0 if moe.moe_router_load_balancing_type == "none" else moe.moe_aux_loss_coeff,
-        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        # Upstream divides by it when it reports the loss.
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
         "moe_router_enable_expert_bias": moe.moe_router_enable_expert_bias,
         "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
         "moe_router_dtype": moe.moe_router_dtype,

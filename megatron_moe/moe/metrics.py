@@ -49,6 +49,14 @@ def collect_loads(model: list[torch.nn.Module], experts_per_layer: tuple[int, ..
     ]
 
 
+def discard_metrics(model: list[torch.nn.Module]) -> None:
+    """Empty the counters of this rank without exchanging them, for steps that are not reported."""
+    for chunk in model:
+        for layer in moe_layers(chunk):
+            layer.router.take_load()
+    get_moe_metrics_tracker().clear()
+
+
 def collect_aux_losses(num_layers: int, num_moe_layers: int, micro_batches: int) -> dict[str, float]:
     """Auxiliary losses of a step by name, unweighted, averaged over MoE layers and micro-batches; a collective.
 

@@ -14,6 +14,7 @@ from megatron_moe.runtime.replace import Replacement
 
 MODULES_WITH_HARD_CODED_DEVICE = (
     "megatron.core.utils",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.tensor_parallel.data",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed.param_and_grad_buffer",

@@ -110,6 +110,8 @@ class TorchOnCpu(ModuleType):
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
                 kwargs["device"] = CPU
+            # Page-locked memory needs a driver.
+            kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
         on_cpu.__name__ = factory.__name__

@@ -33,7 +33,16 @@ def environment_rank() -> int:
 
 
 def environment_world_size() -> int:
-    """Number of processes given by torchrun, or 1 without it."""
+    """Number of processes given by torchrun, or 1 without it.
+
+    Raises:
+        ConfigError: only one of RANK and WORLD_SIZE is set, as when a launcher was half imitated.
+    """
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        given, absent = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("WORLD_SIZE", "RANK")
+        raise ConfigError(
+            f"{given} {os.environ[given]}: the environment lacks {absent}; set both (torchrun does) or none"
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

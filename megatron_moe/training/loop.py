@@ -24,7 +24,7 @@ from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_voc
 from megatron_moe.model.flops import training_flops_per_token
 from megatron_moe.model.gpt import build_model
 from megatron_moe.moe.layout import expert_layout
-from megatron_moe.moe.metrics import collect_aux_losses, collect_loads
+from megatron_moe.moe.metrics import collect_aux_losses, collect_loads, discard_metrics
 from megatron_moe.runtime.distributed import World
 from megatron_moe.runtime.seeds import set_seeds
 from megatron_moe.training.batches import BatchSchedule, total_steps
@@ -63,6 +63,7 @@ class Trainer:
         datasets = build_datasets(run, tokenizer, _sample_counts(run, schedule, steps))
         set_seeds(run.training.seed)
         resume = _resume_from(run)
+        _check_save_folder(run, resume)
         model = wrap_data_parallel(run, build_model(run, initialize=not resume))
         optimizer = build_optimizer(run, model)
         scheduler = build_scheduler(run, optimizer, schedule, steps)
@@ -102,11 +103,7 @@ class Trainer:
         count = self.schedule.micro_batches(progress.consumed_samples)
         samples = self.schedule.batch_size(progress.consumed_samples)
         result = train_step(self.run, self.model, self.optimizer, batches, count)
-        if not result.skipped and not math.isfinite(result.loss):
-            raise UserError(
-                f"loss is {result.loss} at step {progress.step + 1} (samples {progress.consumed_samples} to "
-                f"{progress.consumed_samples + samples - 1}); lower --lr, or look at the data"
-            )
+        self._check_finite(result, samples)
         progress.step += 1
         progress.consumed_samples += samples
         progress.skipped_steps += result.skipped
@@ -116,17 +113,33 @@ class Trainer:
         reporter.advance()
         self._report(reporter, result, lr, samples, count, time.monotonic() - began)
 
+    def _check_finite(self, result: StepResult, samples: int) -> None:
+        """Stop before anything is saved when the numbers have left the finite range."""
+        first = self.progress.consumed_samples
+        where = f"at step {self.progress.step + 1} (samples {first} to {first + samples - 1})"
+        if result.skipped:
+            if (
+                self.run.training.loss_scale is None
+                and self.optimizer.get_loss_scale() <= self.run.training.min_loss_scale
+            ):
+                raise UserError(f"gradients overflow {where} although the loss scale has fallen to --min-loss-scale")
+            return
+        for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} {where}; lower --lr, or look at the data")
+
     def _report(
         self, reporter: Reporter, result: StepResult, lr: float, samples: int, micro_batches: int, seconds: float
     ) -> None:
+        if self.progress.step % self.run.logging.log_interval and self.progress.step not in (1, self.steps):
+            # Counters are emptied every step, so that a line stands for one step.
+            discard_metrics(self.model)
+            return
         layout = expert_layout(self.run)
         loads, aux = [], {}
         if layout.num_moe_layers:
-            # Counters are emptied every step, reported or not, so that a line stands for one step.
             loads = collect_loads(self.model, layout.experts_per_layer)
             aux = collect_aux_losses(self.run.model.num_layers, layout.num_moe_layers, micro_batches)
-        if self.progress.step % self.run.logging.log_interval and self.progress.step not in (1, self.steps):
-            return
         tokens = samples * self.run.model.seq_length
         metrics: dict[str, Any] = {
             "step": self.progress.step,
@@ -146,7 +159,14 @@ class Trainer:
             metrics["moe_z_loss" if name == "z_loss" else "moe_aux_loss"] = value
         reporter.step(metrics, loads)
 
+    def _gather_parameters(self) -> None:
+        """Bring every rank's weights up to date: with --overlap-param-gather the next forward pass would do it."""
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
     def _evaluate(self, reporter: Reporter) -> None:
+        self._gather_parameters()
         batches = self._iterators(
             lambda: build_eval_iterator(_present(self.datasets.valid), **self._iterator_options())
         )
@@ -160,6 +180,7 @@ class Trainer:
             return
         due = flags.save_interval is not None and self.progress.step % flags.save_interval == 0
         if due or force:
+            self._gather_parameters()
             folder = save_checkpoint(
                 self.run, self.model, self.optimizer, self.scheduler, self.progress, self.tokenizer
             )
@@ -206,6 +227,8 @@ class Trainer:
         )
         if progress.step:
             reporter.say(f"resumed at step {progress.step}, after {progress.consumed_samples} samples")
+        if progress.step >= self.steps:
+            reporter.say(f"nothing to do: --train-iters or --train-tokens end the run at step {self.steps}")
 
 
 def peak_memory_bytes() -> int:
@@ -227,6 +250,23 @@ def _resume_from(run: RunConfig) -> bool:
         return False
     own = flags.save is not None and Path(flags.load).resolve() == Path(flags.save).resolve()
     return not (own and latest_iteration(flags.load) is None)
+
+
+def _check_save_folder(run: RunConfig, resume: bool) -> None:
+    """A run that starts afresh must not mix its files with those of another.
+
+    Raises:
+        UserError: --save holds checkpoints that this run does not go on from.
+    """
+    flags = run.checkpoint
+    if flags.save is None or (found := latest_iteration(flags.save)) is None:
+        return
+    same = flags.load is not None and Path(flags.load).resolve() == Path(flags.save).resolve()
+    if not (resume and same and not flags.finetune):
+        raise UserError(
+            f"--save {flags.save}: holds a run that has reached step {found}; go on from it with --load {flags.save}, "
+            "or give another folder"
+        )
 
 
 def _present(dataset: Any) -> Any:

@@ -24,9 +24,7 @@ def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDat
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     return [
-        DistributedDataParallel(
-            get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0 or parallel.overlap_param_gather
-        )
+        DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
 
@@ -134,7 +132,7 @@ def _share_loss_scale(optimizer: MegatronOptimizer) -> None:
 def build_scheduler(
     run: RunConfig, optimizer: MegatronOptimizer, schedule: BatchSchedule, steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate over samples, as Megatron-LM counts it, so that a batch ramp-up does not hasten the decay.
+    """Learning rate over samples: flags count steps, the batch schedule says which sample a step ends with.
 
     Args:
         run: flags.
@@ -143,13 +141,15 @@ def build_scheduler(
         steps: of the whole run; the decay's default length.
     """
     flags = run.optimizer
-    batch = schedule.global_batch_size
-    decay_steps = (flags.lr_decay_iters or steps) * batch
+    decay_iters = flags.lr_decay_iters or steps
+    decay_steps = schedule.samples_after(decay_iters)
     if flags.lr_warmup_fraction is not None:
         warmup_steps = int(flags.lr_warmup_fraction * decay_steps)
     else:
-        # A run shorter than its warm-up ends inside it.
-        warmup_steps = min(flags.lr_warmup_iters * batch, decay_steps - 1)
+        warmup_steps = schedule.samples_after(flags.lr_warmup_iters)
+    wsd_steps = None
+    if flags.lr_wsd_decay_iters is not None:
+        wsd_steps = decay_steps - schedule.samples_after(decay_iters - flags.lr_wsd_decay_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=flags.lr_warmup_init,
@@ -164,6 +164,6 @@ def build_scheduler(
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=None if flags.lr_wsd_decay_iters is None else flags.lr_wsd_decay_iters * batch,
+        wsd_decay_steps=wsd_steps,
         lr_wsd_decay_style=flags.lr_wsd_decay_style,
     )

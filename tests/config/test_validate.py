@@ -184,6 +184,34 @@ def test_legal_runs(words: str, world_size: int) -> None:
             1,
             "--moe-token-dispatcher-type flex: needs a GPU; with --device cpu it is alltoall",
         ),
+        (
+            MOE + "--moe-token-dispatcher-type flex",
+            1,
+            "--moe-token-dispatcher-type flex: must be alltoall or allgather when --tensor-model-parallel-size and "
+            "--expert-model-parallel-size are 1",
+        ),
+        (
+            BASE + "--context-parallel-size 2 --attention-backend unfused",
+            2,
+            "--attention-backend unfused: must be sdpa with --context-parallel-size 2",
+        ),
+        (
+            MOE + "--transformer-impl transformer_engine --tensor-model-parallel-size 2",
+            2,
+            "--expert-tensor-parallel-size 2: must be 1 for experts with biases under --transformer-impl",
+        ),
+        # flags without a meaning
+        (BASE + "--moe-aux-loss-coeff 0.02", 1, "--moe-aux-loss-coeff 0.02: needs --num-experts"),
+        (BASE + "--moe-layer-freq 1 0", 1, "--moe-layer-freq 1 0: needs --num-experts"),
+        (BASE + "--rotary-percent 0.5", 1, "--rotary-percent 0.5: needs --position-embedding-type rope"),
+        (
+            MOE + "--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0 --moe-router-topk-scaling-factor 2",
+            1,
+            "--moe-router-topk-scaling-factor 2.0: cannot be combined with --moe-router-load-balancing-type sinkhorn",
+        ),
+        (BASE + "--seed -1", 1, "--seed -1: must be at least 0"),
+        (BASE + "--lr 0.1 --lr-warmup-init 0.2", 1, "--lr-warmup-init 0.2: must be at most --lr 0.1"),
+        (BASE + "--fp16 --initial-loss-scale -4", 1, "--initial-loss-scale -4.0: must be greater than 0"),
         # batch and duration
         (
             BASE + "--global-batch-size 5 --micro-batch-size 2",

@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2, interleaved": (2, {PIPELINE: 2, VIRTUAL: 1}),
     "expert 2": (2, {EXPERT: 2}),
     "context 2": (2, {CONTEXT: 2}),
+    "context 2, tensor 2": (4, {CONTEXT: 2, TENSOR: 2}),
     "tensor 2, pipeline 2, expert 2": (4, {TENSOR: 2, PIPELINE: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
     "tensor 2, expert 2, expert tensor 2": (4, {TENSOR: 2, EXPERT: 2}),
     "pipeline 2 interleaved, expert 2": (4, {PIPELINE: 2, VIRTUAL: 1, EXPERT: 2}),
@@ -50,6 +51,32 @@ def test_layout_equals_one_process(name: str, tiny_data: Path, one_process: Curv
     for curve in curves:
         assert_same(curve, one_process)
         assert curve.loads == one_process.loads
+
+
+ROTARY = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+    "num_query_groups": 2,
+    "qk_layernorm": True,
+    "untie_embeddings_and_output_weights": True,
+    "mlp_type": "standard",
+    "moe_router_topk": 2,
+}
+"""A Qwen3-like model: every choice that the tiny one leaves out."""
+
+
+@pytest.fixture(scope="module")
+def rotary_process(tiny_data: Path) -> Curve:
+    return run_ranks(1, train_curve, tiny_run(**data_flags(tiny_data), **ROTARY))[0]
+
+
+@pytest.mark.parametrize("name", ["tensor 2", "pipeline 2, interleaved", "expert 2", "context 2"])
+def test_layout_of_a_rotary_swiglu_model_equals_one_process(name: str, tiny_data: Path, rotary_process: Curve) -> None:
+    world_size, sizes = LAYOUTS[name]
+    for curve in run_ranks(world_size, train_curve, tiny_run(**data_flags(tiny_data), **ROTARY, **sizes)):
+        assert_same(curve, rotary_process)
 
 
 def test_loss_falls_and_every_token_reaches_an_expert(one_process: Curve) -> None:
