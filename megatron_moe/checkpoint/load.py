@@ -6,9 +6,10 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from megatron_moe.checkpoint import torch_adam, torch_metadata
+from megatron_moe.checkpoint import torch_metadata
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
-from megatron_moe.checkpoint.state import Progress, current_layout, model_state, optimizer_state, rng_state
+from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
+from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
 from megatron_moe.config.base import UserError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import load_run
@@ -57,21 +58,21 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         load_model(model, folder)
         optimizer.reload_model_params()
         return Progress()
+    replace.apply([torch_metadata.REPLACEMENT])
     common = _common_state(folder)
     saved = Progress(**common["progress"])
     sharded = model_state(model)
     wanted: dict[str, Any] = dict(sharded)
+    loading: OptimizerLoad | None = None
     if not run.checkpoint.no_load_optim:
-        replace.apply([torch_adam.REPLACEMENT])
-        torch_adam.fill_empty_states(optimizer)
-        wanted["optimizer"] = optimizer_state(sharded, optimizer, is_loading=True)
+        loading = OptimizerLoad(sharded, optimizer, common["optimizer_common"], folder)
+        wanted["optimizer"] = loading.wanted
     same_layout = saved.layout == current_layout()
     if same_layout and not run.checkpoint.no_load_rng:
         wanted["rng_state"] = rng_state()
     state = _read(wanted, model, folder)
-    if "optimizer" in wanted:
-        optimizer.load_state_dict(state["optimizer"])
-        torch_adam.separate_steps(optimizer)
+    if loading is not None:
+        loading.finish(state["optimizer"])
     else:
         optimizer.reload_model_params()
     scheduler.load_state_dict(common["scheduler"])

@@ -16,7 +16,8 @@ from megatron_moe.checkpoint.layout import (
     prune,
     publish,
 )
-from megatron_moe.checkpoint.state import METADATA, Progress, current_layout, model_state, optimizer_state, rng_state
+from megatron_moe.checkpoint.optimizer_state import METADATA, saved_state
+from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -51,7 +52,7 @@ def save_checkpoint(
     progress.layout = current_layout()
     state = {
         **sharded_model,
-        "optimizer": optimizer_state(sharded_model, optimizer, is_loading=False),
+        **saved_state(sharded_model, optimizer),
         "scheduler": scheduler.state_dict(),
         "progress": asdict(progress),
         "rng_state": rng_state(),

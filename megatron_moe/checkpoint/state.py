@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as megatron-core's sharded state dict: model, optimizer, scheduler, RNG, data position."""
+"""What a checkpoint holds beside the optimizer, as megatron-core's sharded state: model, progress, generators."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,12 +7,8 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
+from megatron_moe.checkpoint.optimizer_state import METADATA
 from megatron_moe.runtime.seeds import capture_states
-
-# Understood by megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.sharded_state_dict and
-# optimizer.py:ChainedOptimizer.sharded_state_dict: optimizer state in the shape of the parameters it belongs to, so
-# that it can be loaded under any layout.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
@@ -41,11 +37,6 @@ def model_state(model: list[Any]) -> dict[str, Any]:
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=METADATA) for index, chunk in enumerate(unwrap_model(model))
     }
-
-
-def optimizer_state(model_sharded: dict[str, Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """Sharded optimizer state, keyed by the model's."""
-    return optimizer.sharded_state_dict(model_sharded, is_loading=is_loading, metadata=METADATA)
 
 
 def rng_state() -> ShardedObject:
