@@ -2,8 +2,7 @@
 # Go on with a run, or start a new one from its weights.
 #
 # Needs: the GPUs and the memory of the run that LOAD names. Another number of processes and other sizes are fine:
-#        weights can be read under any layout. The optimizer's state cannot go between a layout whose experts are
-#        spread (EP > 1, or ETP unlike TP) and one whose experts are not: add --no-load-optim there.
+#        a checkpoint can be read under any layout.
 #
 #   LOAD=runs/pr-moe-350m bash examples/continue_pretraining.sh
 #       resumes where that run stopped: weights, optimizer, schedule and data position
