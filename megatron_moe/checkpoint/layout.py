@@ -75,10 +75,9 @@ def prune(run_dir: str | Path, keep_last: int) -> list[Path]:
     Checkpoints of later steps than the latest one were left by a run that went further before; they go first.
     """
     latest = latest_iteration(run_dir)
-    current = checkpoint_folder(run_dir, latest) if latest is not None else None
     folders = sorted(
         (path for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED and path.is_dir()),
-        key=lambda path: (current is None or path.name <= current.name, path.name),
+        key=lambda path: (latest is None or _step(path) <= latest, _step(path)),
     )
     doomed = folders[:-keep_last]
     for folder in doomed:
@@ -87,6 +86,10 @@ def prune(run_dir: str | Path, keep_last: int) -> list[Path]:
         folder.rename(trash)
         shutil.rmtree(trash)
     return doomed
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
 
 
 def _present(run_dir: str | Path) -> str:

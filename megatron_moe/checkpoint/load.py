@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint import torch_metadata
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
@@ -19,14 +20,28 @@ from megatron_moe.runtime.seeds import restore_states, set_seeds
 
 # What may differ between a checkpoint and the run that loads it: it changes no weight's shape or meaning.
 FREE_MODEL_FLAGS = frozenset(
-    {"seq_length", "attention_dropout", "hidden_dropout", "init_method_std", "transformer_impl", "attention_backend"}
+    {
+        "seq_length",
+        "max_position_embeddings",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method_std",
+        "attention_backend",
+    }
 )
+# Flags with a default that depends on others: what they come to is compared.
+RESOLVED_MODEL_FLAGS = {"ffn_hidden_size": "ffn_size", "num_query_groups": "query_groups", "kv_channels": "head_dim"}
+# torch's own is no `Exception`, so that nothing catches it by chance.
+DAMAGE = (Exception, CheckpointException)
 SHAPE_MOE_FLAGS = (
     "mlp_type",
     "residual_combine",
     "router",
     "moe_router_topk",
     "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_gate",
     "moe_router_enable_expert_bias",
@@ -40,6 +55,16 @@ def load_model(model: list[Any], folder: Path) -> None:
         UserError: the checkpoint is damaged or holds other tensors than the model.
     """
     _read(model_state(model), model, folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was that wrote a checkpoint; needs no model.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    replace.apply([torch_metadata.REPLACEMENT])
+    return Progress(**_common_state(folder)["progress"])
 
 
 def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
@@ -65,7 +90,10 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
     wanted: dict[str, Any] = dict(sharded)
     loading: OptimizerLoad | None = None
     if not run.checkpoint.no_load_optim:
-        loading = OptimizerLoad(sharded, optimizer, common["optimizer_common"], folder)
+        try:
+            loading = OptimizerLoad(sharded, optimizer, common["optimizer_common"], folder)
+        except DAMAGE as error:
+            raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({_first_line(error)})") from error
         wanted["optimizer"] = loading.wanted
     same_layout = saved.layout == current_layout()
     if same_layout and not run.checkpoint.no_load_rng:
@@ -93,13 +121,21 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
     pairs = [
         (name, getattr(saved.model, name), getattr(run.model, name))
         for name in vars(saved.model)
-        if name not in FREE_MODEL_FLAGS
+        if name not in FREE_MODEL_FLAGS and name not in RESOLVED_MODEL_FLAGS
     ]
     pairs += [(name, getattr(saved.moe, name), getattr(run.moe, name)) for name in SHAPE_MOE_FLAGS]
     pairs += [
         ("num_experts", expert_layout(saved).experts_per_layer, expert_layout(run).experts_per_layer),
         ("moe_ffn_hidden_size", saved.expert_ffn_size, run.expert_ffn_size),
+        ("moe_router_pre_softmax", saved.moe.pre_softmax, run.moe.pre_softmax),
     ]
+    # Defaults that follow from other flags come after those.
+    pairs += [
+        (name, getattr(saved.model, resolved), getattr(run.model, resolved))
+        for name, resolved in RESOLVED_MODEL_FLAGS.items()
+    ]
+    if run.model.position_embedding_type == "learned_absolute":
+        pairs.append(("max_position_embeddings", saved.model.max_positions, run.model.max_positions))
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise UserError(
@@ -111,7 +147,7 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
 def _common_state(folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(str(folder))
-    except Exception as error:
+    except DAMAGE as error:
         raise UserError(f"{folder}: damaged checkpoint, cannot read its common state ({_first_line(error)})") from error
 
 
@@ -120,7 +156,7 @@ def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, A
     replace.apply([torch_metadata.REPLACEMENT])
     try:
         state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
-    except Exception as error:
+    except DAMAGE as error:
         raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({_first_line(error)})") from error
     leftover = {key for key in unused if not key.startswith(("optimizer.", "rng_state", "chained_", "common_state"))}
     if absent or leftover:
@@ -131,5 +167,8 @@ def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, A
     return state
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        # torch gathers what went wrong on every rank.
+        error = next(iter(error.failures.values()))[0]
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

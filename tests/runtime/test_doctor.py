@@ -93,9 +93,7 @@ def test_a_foreign_apex_that_can_be_imported_does_not_stop_training(tmp_path: Pa
     ("extension", "state", "detail"),
     [(False, "warning", "without its CUDA extensions"), (True, "ok", "with its CUDA extensions")],
 )
-def test_nvidia_apex_with_and_without_its_extensions(
-    tmp_path: Path, extension: bool, state: str, detail: str
-) -> None:
+def test_nvidia_apex_with_and_without_its_extensions(tmp_path: Path, extension: bool, state: str, detail: str) -> None:
     files = {
         "apex/__init__.py": "",
         "apex/normalization/__init__.py": "",
@@ -111,9 +109,7 @@ def test_nvidia_apex_with_and_without_its_extensions(
 
 def test_a_missing_torch_is_an_error_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.importlib.util.find_spec
-    monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name)
-    )
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
     report = doctor.examine()
     assert report.reasons == ("torch: not installed",)
     assert report.backends == ()
@@ -124,17 +120,12 @@ def test_a_missing_torch_is_an_error_with_its_install_line(monkeypatch: pytest.M
 def test_a_broken_torch_fails_with_the_reason_and_exit_code_1(tmp_path: Path) -> None:
     broken = make_files(tmp_path, {"torch/__init__.py": "raise OSError('libcudart.so: no such file')"})
     done = run_doctor(path=broken, code=1)
-    assert (
-        "Training cannot run here. torch: cannot be imported: OSError: libcudart.so: no such file"
-        in done.stdout
-    )
+    assert "Training cannot run here. torch: cannot be imported: OSError: libcudart.so: no such file" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("version", "state"), [("0.18.4", "error"), ("0.19.0", "ok"), ("0.20.0", "error")])
-def test_megatron_core_outside_its_range_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, version: str, state: str
-) -> None:
+def test_megatron_core_outside_its_range_is_an_error(monkeypatch: pytest.MonkeyPatch, version: str, state: str) -> None:
     real = doctor.importlib.metadata.version
     monkeypatch.setattr(
         doctor.importlib.metadata, "version", lambda name: version if name == "megatron-core" else real(name)
