@@ -18,6 +18,8 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    requested_samples: int = 0
+    """Samples that the datasets were built for: the order of the data depends on it."""
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes under which the checkpoint was written."""
 
@@ -29,7 +31,14 @@ def current_layout() -> dict[str, int]:
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+        # Replicas share their states, unless they hold different experts.
+        "data": parallel_state.get_data_parallel_world_size(with_context_parallel=True) if _spread_experts() else 0,
     }
+
+
+def _spread_experts() -> bool:
+    return parallel_state.get_expert_model_parallel_world_size() > 1
 
 
 def model_state(model: list[Any]) -> dict[str, Any]:
@@ -40,16 +49,14 @@ def model_state(model: list[Any]) -> dict[str, Any]:
 
 
 def rng_state() -> ShardedObject:
-    """This rank's generators. Data-parallel replicas share theirs."""
-    tensor, pipeline = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    """This rank's generators. Data-parallel replicas share theirs, unless they hold different experts."""
     layout = current_layout()
-    return ShardedObject(
-        "rng_state",
-        capture_states(),
-        (layout["pipeline"], layout["tensor"]),
-        (pipeline, tensor),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
+    shape = [layout["pipeline"], layout["tensor"]]
+    place = [
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    ]
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if _spread_experts():
+        shape, place, replica = [*shape, layout["data"]], [*place, replica], 0
+    return ShardedObject("rng_state", capture_states(), tuple(shape), tuple(place), replica_id=replica)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe.checkpoint.layout import latest_iteration
-from megatron_moe.checkpoint.load import load_checkpoint
+from megatron_moe.checkpoint.layout import find_checkpoint, latest_iteration
+from megatron_moe.checkpoint.load import load_checkpoint, read_progress
 from megatron_moe.checkpoint.save import save_checkpoint
 from megatron_moe.checkpoint.state import Progress
 from megatron_moe.config.base import UserError
@@ -59,15 +59,18 @@ class Trainer:
         run = with_vocab_size(run, tokenizer)
         schedule = BatchSchedule.from_run(run, run.parallel.data_parallel_size(world.size))
         steps = total_steps(run, schedule)
-        # Data before the model: a wrong path is found in a second, not after the weights are drawn.
-        datasets = build_datasets(run, tokenizer, _sample_counts(run, schedule, steps))
-        set_seeds(run.training.seed)
         resume = _resume_from(run)
         _check_save_folder(run, resume)
+        requested = _requested_samples(run, schedule.samples_after(steps), resume)
+        # Data before the model: a wrong path is found in a second, not after the weights are drawn.
+        validation = run.training.eval_iters * schedule.global_batch_size if run.training.eval_interval else 0
+        datasets = build_datasets(run, tokenizer, (requested, validation, 0))
+        set_seeds(run.training.seed)
         model = wrap_data_parallel(run, build_model(run, initialize=not resume))
         optimizer = build_optimizer(run, model)
         scheduler = build_scheduler(run, optimizer, schedule, steps)
         progress = load_checkpoint(run, model, optimizer, scheduler) if resume else Progress()
+        progress.requested_samples = requested
         return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
 
     def train(self, reporter: Reporter | None = None) -> None:
@@ -238,9 +241,22 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _sample_counts(run: RunConfig, schedule: BatchSchedule, steps: int) -> tuple[int, int, int]:
-    validation = run.training.eval_iters * schedule.global_batch_size if run.training.eval_interval else 0
-    return schedule.samples_after(steps), validation, 0
+def _requested_samples(run: RunConfig, needed: int, resume: bool) -> int:
+    """Training samples to build the dataset for.
+
+    The order of the data depends on this number (how many passes it takes), so a resumed run asks for what the run
+    before it asked for, as long as that suffices; beyond it, the order changes, and the user is told.
+    """
+    if not resume or run.checkpoint.finetune:
+        return needed
+    assert run.checkpoint.load is not None
+    before = read_progress(find_checkpoint(run.checkpoint.load)).requested_samples
+    if needed > before and dist.get_rank() == 0:
+        print(
+            f"{needed} samples are needed, {before} were planned: if that takes more passes over the data, samples "
+            "come in another order from here on, and some of them again"
+        )
+    return max(needed, before)
 
 
 def _resume_from(run: RunConfig) -> bool:
