@@ -93,9 +93,7 @@ def test_installed_package_is_this_tree() -> None:
 def test_wheel_holds_recipes_and_type_marker(tmp_path: Path) -> None:
     """Built through setup.py, the way old tools do, from a copy: nothing is left in the tree."""
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT / "megatron_moe", source / "megatron_moe", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "megatron_moe", source / "megatron_moe", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / "README.md").write_text("A stand-in.\n")

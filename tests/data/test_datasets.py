@@ -22,9 +22,7 @@ SEQ = 16
 TOKENIZER = NullTokenizer(1000)
 
 
-def write(
-    prefix: Path, documents: int, seed: int = 0, length: int = 40, low: int = 0, high: int = 999
-) -> str:
+def write(prefix: Path, documents: int, seed: int = 0, length: int = 40, low: int = 0, high: int = 999) -> str:
     """A pair of random documents, each ended by id 999."""
     random = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
@@ -150,9 +148,7 @@ def owners(dataset: object, samples: int) -> list[float]:
 def test_blends_follow_weights_or_sizes(tmp_path: Path) -> None:
     low = write(tmp_path / "low", 100, high=500)
     high = write(tmp_path / "high", 300, seed=1, low=500)
-    weighted = build_datasets(
-        run_config(data_path=("0.8", low, "0.2", high), split="1"), TOKENIZER, (200, 0, 0)
-    )
+    weighted = build_datasets(run_config(data_path=("0.8", low, "0.2", high), split="1"), TOKENIZER, (200, 0, 0))
     assert owners(weighted.train, 200)[0] == pytest.approx(0.8, abs=0.03)
     by_size = build_datasets(run_config(data_path=(low, high), split="1"), TOKENIZER, (2000, 0, 0))
     assert len(by_size.train) >= 2000  # type: ignore[arg-type]
@@ -164,9 +160,7 @@ def test_splits_and_separate_paths(tmp_path: Path) -> None:
     high = write(tmp_path / "high", 100, seed=1, low=500)
     split = build_datasets(run_config(data_path=(low,), split="8,1,1"), TOKENIZER, (30, 4, 4))
     assert all(dataset is not None for dataset in split)
-    apart = build_datasets(
-        run_config(train_data_path=(low,), valid_data_path=(high,)), TOKENIZER, (30, 10, 0)
-    )
+    apart = build_datasets(run_config(train_data_path=(low,), valid_data_path=(high,)), TOKENIZER, (30, 10, 0))
     assert owners(apart.train, 20)[0] == 1.0
     assert owners(apart.valid, 10)[1] == 1.0
     assert apart.test is None
@@ -242,9 +236,7 @@ def test_two_ranks_share_one_cache(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", 100)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK_PROGRAM, prefix, str(tmp_path / "meeting")]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)
-    ]
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors.decode()

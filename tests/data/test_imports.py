@@ -24,8 +24,7 @@ def test_data_imports_without_torch() -> None:
     root = Path(megatron_moe.data.__file__).parent
     paths = [path for path in sorted(root.rglob("*.py")) if path != root / "datasets.py"]
     names = [
-        ".".join(path.relative_to(root.parent.parent).with_suffix("").parts).removesuffix(".__init__")
-        for path in paths
+        ".".join(path.relative_to(root.parent.parent).with_suffix("").parts).removesuffix(".__init__") for path in paths
     ]
     assert "megatron_moe.data.tokenizer.load" in names
     run = subprocess.run([sys.executable, "-c", PROGRAM, *names], capture_output=True, text=True, check=False)

@@ -64,9 +64,7 @@ def test_without_end_of_document(tmp_path: Path, tokenizer_model: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_bad_line_stops_everything_and_writes_nothing(
-    tmp_path: Path, job: Preprocessing, workers: int
-) -> None:
+def test_a_bad_line_stops_everything_and_writes_nothing(tmp_path: Path, job: Preprocessing, workers: int) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents(100))
     lines = source.read_text(encoding="utf-8").splitlines()
     lines[70] = '{"text": 1}'

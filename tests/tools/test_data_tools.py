@@ -23,9 +23,7 @@ def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_text_to_token_files(tmp_path: Path) -> None:
     texts = documents(150)
     corpus = write_jsonl(tmp_path / "train.jsonl", texts)
-    built = run(
-        "build_tokenizer", "--input", corpus, "--output-prefix", tmp_path / "tok", "--vocab-size", 820
-    )
+    built = run("build_tokenizer", "--input", corpus, "--output-prefix", tmp_path / "tok", "--vocab-size", 820)
     assert built.returncode == 0, built.stderr
     assert "820 pieces from 150 documents" in built.stdout
     assert "none was skipped" in built.stdout

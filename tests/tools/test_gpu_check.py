@@ -27,9 +27,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "gpu_check.sh").write_bytes((ROOT / "tools" / "gpu_check.sh").read_bytes())
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_one.py").write_text(
-        "import pytest\n\n@pytest.mark.gpu\ndef test_one(): ...\n"
-    )
+    (tmp_path / "tests" / "test_one.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_one(): ...\n")
     (tmp_path / "tests" / "test_other.py").write_text("import not_installed_here\n")
     (tmp_path / "benchmarks").mkdir()
     for name in ("first", "second"):

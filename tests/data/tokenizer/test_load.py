@@ -73,14 +73,10 @@ def test_hugging_face_tokenizer(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     raw = tokenizers.ByteLevelBPETokenizer()
-    raw.train_from_iterator(
-        ["今天天气很好。"] * 10, vocab_size=300, special_tokens=["<|end|>"], show_progress=False
-    )
+    raw.train_from_iterator(["今天天气很好。"] * 10, vocab_size=300, special_tokens=["<|end|>"], show_progress=False)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw._tokenizer, eos_token="<|end|>")
     fast.save_pretrained(tmp_path / "hf")
-    tokenizer = load_tokenizer(
-        DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "hf"))
-    )
+    tokenizer = load_tokenizer(DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "hf")))
     text = "今天，天气 很好！\n<|end|> 吗"
     ids = tokenizer.encode(text)
     assert tokenizer.eod not in ids
