@@ -43,6 +43,7 @@ SAME_LAYOUT: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_LAYOUT)
 def test_same_layout_goes_on_bit_for_bit(name: str, tiny_data: Path, tmp_path: Path) -> None:
     """Three steps, then three more from the checkpoint, against six at once; with dropout."""
@@ -95,7 +96,6 @@ ELSEWHERE: dict[str, tuple[int, dict[str, Any]]] = {
     "expert 2": (2, {EXPERT: 2}),
     "tensor 2, expert tensor 2": (2, {TENSOR: 2}),
     "pipeline 2, interleaved": (2, {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 1}),
-    "context 2": (2, {"context_parallel_size": 2}),
     "distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "tensor 2, pipeline 2, expert 2": (4, {TENSOR: 2, PIPELINE: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
     "expert 2, distributed optimizer": (4, {EXPERT: 2, "use_distributed_optimizer": True}),
@@ -148,6 +148,7 @@ def from_sharded_optimizer(tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     return Saved(tmp_path_factory.mktemp("sharded"), data_flags(tiny_data) | CONSTANT | layout, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["from_four_ranks", "from_sharded_optimizer"])
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_any_layout_goes_on_from_any_other(
@@ -168,6 +169,7 @@ def test_any_layout_goes_on_from_any_other(
         assert rank.grad_norms == pytest.approx(saved.rest.grad_norms, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_masters_are_found_whatever_wrote_them(tiny_data: Path, tmp_path: Path) -> None:
     """bf16: plain optimizer to distributed and back; without its fp32 masters a loss would be off by 1e-3."""
     flags = data_flags(tiny_data) | SCHEDULE | {"bf16": True, "swiglu": True}

@@ -42,6 +42,7 @@ def test_rows_cover_every_pair_of_choices() -> None:
         assert there == {(a, b) for a in ones for b in twos}, (one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_variant(row: str, tiny_data: Path) -> None:
     """Tolerance as in tests/moe/test_experts.py: fp32 sums in another order."""
@@ -71,7 +72,11 @@ def test_variant(row: str, tiny_data: Path) -> None:
 
 
 def test_dense_model_with_and_without_sequence_parallelism(tiny_data: Path) -> None:
-    flags = data_flags(tiny_data) | TRAINING | {"num_experts": None, "mlp_type": "standard", "moe_router_topk": 1}
+    flags = (
+        data_flags(tiny_data)
+        | TRAINING
+        | {"num_experts": None, "expert_interval": 1, "mlp_type": "standard", "moe_router_topk": 1}
+    )
     one: Trained = run_ranks(1, train_and_gather, tiny_run(**flags))[0]
     for sequence_parallel in (False, True):
         sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
@@ -116,7 +121,7 @@ def test_dropout_under_sequence_parallelism_differs_between_ranks() -> None:
 
 def test_dropout_without_sequence_parallelism_is_the_same_on_every_rank() -> None:
     """Ranks hold copies of the same hidden states: other masks would make them drift apart."""
-    flags = {"tensor_model_parallel_size": 2, "num_experts": None, "mlp_type": "standard"}
+    flags = {"tensor_model_parallel_size": 2, "num_experts": None, "expert_interval": 1, "mlp_type": "standard"}
     first, second = run_ranks(2, forward_with_dropout, flags)
     assert first["zeros"].mean() == pytest.approx(0.2, abs=0.03)
     np.testing.assert_array_equal(first["zeros"], second["zeros"])

@@ -205,5 +205,6 @@ def test_warmup_and_decay_lengths(measured: dict[str, list[float]]) -> None:
 
 
 def test_ramp_up_does_not_hasten_the_decay(measured: dict[str, list[float]]) -> None:
-    """80 samples in batches of 4 are 20 steps, but 10 full batches' worth of decay."""
-    assert measured["ramp-up"][20] == pytest.approx(between(1 - 10 / STEPS))
+    """Twenty steps of 4 samples are a third, not half, of the way through 240; the decay ends with the run."""
+    assert measured["ramp-up"][20] == pytest.approx(between(1 - 80 / 240))
+    assert measured["ramp-up"][STEPS] == pytest.approx(MIN)

@@ -137,7 +137,7 @@ def test_masked_tokens_weigh_the_same_under_every_split(masked: bool, tiny_data:
 
 def test_norm_is_reported_without_clipping_too(tiny_data: Path) -> None:
     """--clip-grad 0 turns clipping off, not the measurement; also for a dense model, which has one optimizer."""
-    flags = {"num_experts": None, "mlp_type": "standard", "clip_grad": 0.0, "train_iters": 1}
+    flags = {"num_experts": None, "expert_interval": 1, "mlp_type": "standard", "clip_grad": 0.0, "train_iters": 1}
     trained: Trained = run_ranks(1, train_and_gather, tiny_run(**data_flags(tiny_data), **flags))[0]
     assert trained.grad_norms[0] == pytest.approx(norm_of(assemble([trained.gradients])), rel=1e-5)
 
