@@ -1,5 +1,6 @@
 """Writes a checkpoint through megatron-core's distributed checkpointing: whole or invisible."""
 
+import queue
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,21 @@ from megatron_moe.checkpoint.state import Progress, current_layout, model_state,
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.tokenizer.load import Tokenizer
+from megatron_moe.runtime import replace
+from megatron_moe.runtime.replace import Replacement
+
+
+def results_queue(mp_mode: str = "spawn") -> "queue.Queue[Any]":
+    """Where the writer leaves its results for this process itself: saves are synchronous, and write with threads."""
+    return queue.Queue()
+
+
+REPLACEMENT = Replacement(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "get_write_results_queue",
+    results_queue,
+    "it starts a server process beside each rank, half a gigabyte that outlives a killed rank",
+)
 
 
 def save_checkpoint(
@@ -57,6 +73,7 @@ def save_checkpoint(
         "progress": asdict(progress),
         "rng_state": rng_state(),
     }
+    replace.apply([REPLACEMENT])
     dist_checkpointing.save(state, str(unfinished), content_metadata=METADATA)
     if main:
         save_run(run, unfinished / CONFIG_FILE)

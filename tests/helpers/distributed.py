@@ -35,7 +35,7 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> lis
     port = free_port()
     ranks = []
     for rank in range(world_size):
-        ours, theirs = CONTEXT.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe()
         process = CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, theirs, function, args))
         process.start()
         theirs.close()
@@ -43,7 +43,8 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> lis
     try:
         return [_result(rank, connection) for rank, (_, connection) in enumerate(ranks)]
     finally:
-        for process, _ in ranks:
+        for process, ours in ranks:
+            ours.close()
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
@@ -77,10 +78,10 @@ def _run_rank(
     except BaseException:  # noqa: BLE001  # whatever it is, the parent must hear of it
         answer = (False, traceback.format_exc())
     result.send(answer)
-    result.close()
-    # megatron-core starts a process for the queue through which writers of a checkpoint report.
-    for child in multiprocessing.active_children():
-        child.terminate()
+    if answer[0]:
+        # A rank that leaves breaks the connections of those that are still forming their groups: all leave together,
+        # when the test closes its end.
+        result.poll(TIMEOUT_SECONDS)
     # Leave without torn-down groups waiting for ranks that have gone.
     os._exit(0)
 
