@@ -67,9 +67,9 @@ say "plot"
 # The loss of a model that ignores context, as a line to fall below.
 UNIGRAM=$("$PY" -c '
 import sys
-from megatron_moe.data.stats import unigram_cross_entropy
-print(unigram_cross_entropy(sys.argv[1], sys.argv[2], int(sys.argv[3])))
-' "$DATA/train" "$DATA/heldout" "$VOCAB_SIZE")
+from megatron_moe.data.stats import unigram_entropy
+print(unigram_entropy(sys.argv[1], int(sys.argv[2])))
+' "$DATA/heldout" "$VOCAB_SIZE")
 "$PY" tools/plot_run.py --run "$RUN" --output "$RUN/training.png" --unigram-entropy "$UNIGRAM"
 
 say "done"

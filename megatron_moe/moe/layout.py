@@ -49,11 +49,6 @@ class ExpertLayout:
         """Experts of the largest layer; 0 in a dense model."""
         return max(self.experts_per_layer)
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all MoE layers have the same number of experts (a dense model is uniform)."""
-        return len(set(self.counts)) <= 1
-
     def experts_in(self, layer_number: int) -> int:
         """Experts of a layer, counted from 1; 0 when it is dense."""
         if not 1 <= layer_number <= self.num_layers:

@@ -23,14 +23,12 @@ def test_dense_model() -> None:
     assert layout.experts_per_layer == (0, 0, 0)
     assert layout.moe_layers == ()
     assert layout.max_experts == 0
-    assert layout.is_uniform
     assert layout.describe() == "dense"
 
 
 def test_one_count_for_all() -> None:
     layout = _layout(4, num_experts=(8,))
     assert layout.experts_per_layer == (8, 8, 8, 8)
-    assert layout.is_uniform
 
 
 def test_pai_16b() -> None:
@@ -40,7 +38,6 @@ def test_pai_16b() -> None:
     assert layout.counts == (32,) * 10 + (64, 64)
     assert layout.total_experts == 448
     assert layout.max_experts == 64
-    assert not layout.is_uniform
     assert (layout.experts_in(1), layout.experts_in(2), layout.experts_in(24)) == (0, 32, 64)
     assert layout.describe() == "2,4,...,20: 32 experts; 22,24: 64 experts"
 
