@@ -149,8 +149,12 @@ def from_sharded_optimizer(tiny_data: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["from_four_ranks", "from_sharded_optimizer"])
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("from_four_ranks", name) for name in ELSEWHERE]
+    + [("from_sharded_optimizer", name) for name in ("one process", "tensor 2, pipeline 2, expert 2")]
+    + [("from_sharded_optimizer", "distributed optimizer")],
+)
 def test_any_layout_goes_on_from_any_other(
     name: str, source: str, tiny_data: Path, request: pytest.FixtureRequest
 ) -> None:
