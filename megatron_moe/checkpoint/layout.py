@@ -61,11 +61,16 @@ def publish(unfinished: Path, iteration: int) -> Path:
     run_dir = unfinished.parent
     folder = checkpoint_folder(run_dir, iteration)
     _flush_to_disk(unfinished)
+    replaced = folder.with_name(f"{folder.name}.replaced{UNFINISHED}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        # Left by a run that went further and was then resumed from an earlier step.
-        shutil.rmtree(folder)
+        # Left by a run that went further and was then resumed from an earlier step. Moved aside rather than deleted
+        # first: the time without a checkpoint of this step is that of two renames.
+        folder.rename(replaced)
     unfinished.rename(folder)
+    _flush_to_disk(run_dir, contents=False)
     _write_durably(run_dir / LATEST_FILE, f"{iteration}\n")
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -97,8 +102,8 @@ def _present(run_dir: str | Path) -> str:
     return f"there are: {', '.join(names)}" if names else "there is none"
 
 
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def _flush_to_disk(folder: Path, *, contents: bool = True) -> None:
+    for path in [*(folder.rglob("*") if contents else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

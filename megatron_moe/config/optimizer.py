@@ -31,7 +31,7 @@ class OptimizerConfig:
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """WSD: shape of the final decay."""
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Weight decay: decoupled with Adam, added to the gradient (L2) with SGD."""
     clip_grad: float = 1.0
     """Largest global gradient norm (0: no clipping)."""
     adam_beta1: float = 0.9

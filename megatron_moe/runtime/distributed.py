@@ -71,7 +71,7 @@ def choose_device(config: ParallelConfig, local_rank: int) -> torch.device:
 def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     """Start torch.distributed and megatron-core's groups; on the CPU install the CPU runtime first.
 
-    Without torchrun the world is this one process, and no port is opened.
+    Without torchrun the world is this one process, which needs no rendezvous and no port number.
 
     Args:
         config: parallel sizes and device.
@@ -101,7 +101,7 @@ def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
 
 
 def start_alone(backend: str = "gloo") -> None:
-    """A world of this one process, without a port; the CPU runtime must be installed where there is no GPU."""
+    """A world of this one process, without a rendezvous; the CPU runtime must be installed where there is no GPU."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _start_model_parallel(ParallelConfig(), None)
 
