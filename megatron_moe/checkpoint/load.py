@@ -63,7 +63,6 @@ def read_progress(folder: Path) -> Progress:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    replace.apply([torch_metadata.REPLACEMENT])
     return Progress(**_common_state(folder)["progress"])
 
 
@@ -83,7 +82,6 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         load_model(model, folder)
         optimizer.reload_model_params()
         return Progress()
-    replace.apply([torch_metadata.REPLACEMENT])
     common = _common_state(folder)
     saved = Progress(**common["progress"])
     sharded = model_state(model)
@@ -145,6 +143,7 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
+    replace.apply([torch_metadata.REPLACEMENT])
     try:
         return dist_checkpointing.load_common_state_dict(str(folder))
     except DAMAGE as error:

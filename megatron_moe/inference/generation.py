@@ -162,7 +162,9 @@ class _Texts:
     def completions(self) -> list[Completion]:
         """What was generated, row by row."""
         results = []
-        for request, row in zip(self._requests, self.ids_BT.tolist(), strict=False):
+        # Rows beyond the requests only make the batches of all replicas equally large.
+        rows = self.ids_BT[: len(self._requests)].tolist()
+        for request, row in zip(self._requests, rows, strict=True):
             ids = row[len(request.ids) : len(request.ids) + self._max_new_tokens]
             stopped = self._eod in ids
             ids = ids[: ids.index(self._eod) + 1] if stopped else ids

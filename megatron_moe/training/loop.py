@@ -261,11 +261,14 @@ def _requested_samples(run: RunConfig, needed: int, resume: bool) -> int:
 
 def _resume_from(run: RunConfig) -> bool:
     """Whether there is something to load. --load naming the run's own, still empty folder starts afresh."""
-    flags = run.checkpoint
-    if flags.load is None:
-        return False
-    own = flags.save is not None and Path(flags.load).resolve() == Path(flags.save).resolve()
-    return not (own and latest_iteration(flags.load) is None)
+    folder = run.checkpoint.load
+    return folder is not None and not (_loads_its_own(run) and latest_iteration(folder) is None)
+
+
+def _loads_its_own(run: RunConfig) -> bool:
+    """Whether --load and --save are the same folder."""
+    load, save = run.checkpoint.load, run.checkpoint.save
+    return load is not None and save is not None and Path(load).resolve() == Path(save).resolve()
 
 
 def _check_save_folder(run: RunConfig, resume: bool) -> None:
@@ -277,8 +280,7 @@ def _check_save_folder(run: RunConfig, resume: bool) -> None:
     flags = run.checkpoint
     if flags.save is None or (found := latest_iteration(flags.save)) is None:
         return
-    same = flags.load is not None and Path(flags.load).resolve() == Path(flags.save).resolve()
-    if not (resume and same and not flags.finetune):
+    if not (resume and _loads_its_own(run) and not flags.finetune):
         raise UserError(
             f"--save {flags.save}: holds a run that has reached step {found}; go on from it with --load {flags.save}, "
             "or give another folder"
