@@ -4,7 +4,8 @@
         --save runs/tiny
     torchrun --nproc-per-node 4 -m megatron_moe.pretrain --recipe tiny-cpu --tensor-model-parallel-size 2 ...
 
-One process needs no torchrun. `--dry-run` prints the model and its memory, then stops.
+One process needs no torchrun. `--dry-run` prints the model and its memory, then stops. On SIGTERM and SIGINT it saves
+and leaves with exit code 75: the same command with --load goes on.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from megatron_moe.config.flags import parse_run
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.runtime.launch import run_entry_point
+from megatron_moe.runtime.signals import STOPPED_CODE
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, build, train."""
     run, launch = parse_run(argv, prog="python -m megatron_moe.pretrain", description="Train a GPT with experts.")
     # torch is imported below: --help and wrong flags answer at once.
-    from megatron_moe.runtime.distributed import environment_rank, environment_world_size, start
+    from megatron_moe.runtime.distributed import environment_rank, environment_world_size, start, stop
 
     if launch.dry_run:
         if environment_rank() == 0:
@@ -29,7 +31,10 @@ def main(argv: Sequence[str]) -> None:
     world = start(run.parallel, run.virtual_stages)
     from megatron_moe.training.loop import Trainer
 
-    Trainer.build(run, world).train()
+    received = Trainer.build(run, world).train()
+    if received is not None:
+        stop()
+        raise SystemExit(STOPPED_CODE if run.checkpoint.save else 128 + received)
 
 
 def describe(run: RunConfig, world_size: int) -> str:

@@ -18,6 +18,11 @@ class Progress:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    """Steps that left the weights as they were: gradients overflowed (fp16), or something was not finite."""
+    nonfinite_in_a_row: int = 0
+    """Steps up to now whose loss or gradient norm was NaN or inf."""
+    nonfinite_since_sample: int = 0
+    """First sample of these steps."""
     requested_samples: int = 0
     """Samples that the datasets were built for: the order of the data depends on it."""
     layout: dict[str, int] = field(default_factory=dict)

@@ -42,6 +42,9 @@ class TrainingConfig:
     """Steps without overflow after which the loss scale doubles."""
     hysteresis: int = 2
     """Overflows after which the loss scale halves."""
+    max_nonfinite_steps: int = 3
+    """Stop after this many steps in a row whose loss or gradient norm is NaN or inf. Each such step is skipped and
+    counted: weights and optimizer stay as they were, its samples are consumed."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers, or chosen modules, in the backward pass instead of keeping their
     activations."""
@@ -69,6 +72,7 @@ class TrainingConfig:
             "train_tokens",
             "loss_scale_window",
             "hysteresis",
+            "max_nonfinite_steps",
             "recompute_num_layers",
             "eval_iters",
         )

@@ -6,6 +6,7 @@ that a uniform model still costs one all-reduce.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_moe.runtime.replace import Replacement
+
+
+def remember_expert_biases(model: list[Any]) -> Callable[[], None]:
+    """A function that puts every router's bias back to what it is now.
+
+    Upstream moves the biases while it finishes the gradients, before it is known whether the step is skipped.
+    """
+    routers = [
+        (module, module.expert_bias.clone())
+        for chunk in model
+        for module in get_attr_wrapped_model(chunk, "modules")()
+        if getattr(module, "expert_bias", None) is not None
+    ]
+
+    def restore() -> None:
+        for router, bias in routers:
+            router.expert_bias.copy_(bias)
+
+    return restore
 
 
 def update_expert_bias(model: list[torch.nn.Module], config: Any, tp_dp_cp_group: Any = None) -> None:

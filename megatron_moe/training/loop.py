@@ -2,6 +2,7 @@
 
 import math
 import resource
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from megatron_moe.model.gpt import build_model
 from megatron_moe.moe.layout import expert_layout
 from megatron_moe.moe.metrics import collect_aux_losses, collect_loads, discard_metrics
 from megatron_moe.runtime.distributed import World
+from megatron_moe.runtime.launch import another_rank_failed
 from megatron_moe.runtime.seeds import set_seeds
+from megatron_moe.runtime.signals import StopSignals
 from megatron_moe.training.batches import BatchSchedule, total_steps
 from megatron_moe.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moe.training.reporting import Reporter
@@ -73,11 +76,17 @@ class Trainer:
         progress.requested_samples = requested
         return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
 
-    def train(self, reporter: Reporter | None = None) -> None:
-        """Run to the last step, or until the time given is over.
+    def train(self, reporter: Reporter | None = None) -> signal.Signals | None:
+        """Run to the last step, or until the time given is over, or until SIGTERM or SIGINT; save at the end.
 
         Args:
             reporter: who is told of every step. Default: one that writes the run's files on rank 0.
+
+        Returns:
+            The signal that stopped it.
+
+        Raises:
+            UserError: the numbers are no longer finite, or a checkpoint cannot be written.
         """
         started = time.monotonic()
         batches = self._training_batches()
@@ -87,7 +96,7 @@ class Trainer:
             )
         if self.world.is_main and self.run.checkpoint.save is not None:
             save_run(self.run, Path(self.run.checkpoint.save) / "config.yaml")
-        with reporter:
+        with reporter, StopSignals(another_rank_failed) as signals:
             self._announce(reporter)
             while self.progress.step < self.steps:
                 self._step(batches, reporter)
@@ -95,18 +104,19 @@ class Trainer:
                 last = step == self.steps
                 if self.run.training.eval_interval and (step % self.run.training.eval_interval == 0 or last):
                     self._evaluate(reporter)
-                out_of_time = self._out_of_time(started)
-                self._maybe_save(reporter, force=last or out_of_time)
-                if out_of_time and not last:
-                    reporter.say(f"stopped at step {step}: --exit-duration-in-mins is over; --load goes on from here")
-                    return
+                received, out_of_time = self._agree_to_stop(signals.received, started)
+                stop = received is not None or out_of_time
+                self._maybe_save(reporter, force=last or stop)
+                if stop and not last:
+                    self._say_stopped(reporter, received)
+                    return received
+        return None
 
     def _step(self, batches: list[Iterator[Batch]], reporter: Reporter) -> None:
         progress, began = self.progress, time.monotonic()
         count = self.schedule.micro_batches(progress.consumed_samples)
         samples = self.schedule.batch_size(progress.consumed_samples)
         result = train_step(self.run, self.model, self.optimizer, batches, count)
-        self._check_finite(result, samples)
         progress.step += 1
         progress.consumed_samples += samples
         progress.skipped_steps += result.skipped
@@ -115,26 +125,38 @@ class Trainer:
             self.scheduler.step(increment=samples)
         reporter.advance()
         self._report(reporter, result, lr, samples, count, time.monotonic() - began)
+        self._stop_if_lost(result, samples)
 
-    def _check_finite(self, result: StepResult, samples: int) -> None:
-        """Stop before anything is saved when the numbers have left the finite range."""
-        first = self.progress.consumed_samples
-        where = f"at step {self.progress.step + 1} (samples {first} to {first + samples - 1})"
-        if result.skipped:
-            if (
-                self.run.training.loss_scale is None
-                and self.optimizer.get_loss_scale() <= self.run.training.min_loss_scale
-            ):
-                raise UserError(f"gradients overflow {where} although the loss scale has fallen to --min-loss-scale")
+    def _stop_if_lost(self, result: StepResult, samples: int) -> None:
+        """End a run that no longer learns; nothing is saved, and the weights are those of the last good step."""
+        progress, training = self.progress, self.run.training
+        first, last = progress.consumed_samples - samples, progress.consumed_samples - 1
+        if result.nonfinite is None:
+            progress.nonfinite_in_a_row = 0
+            fixed = training.loss_scale is not None
+            if result.skipped and not fixed and self.optimizer.get_loss_scale() <= training.min_loss_scale:
+                raise UserError(
+                    f"gradients overflow at step {progress.step} (samples {first} to {last}) although the loss scale "
+                    "has fallen to --min-loss-scale"
+                )
             return
-        for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value} {where}; lower --lr, or look at the data")
+        if not progress.nonfinite_in_a_row:
+            progress.nonfinite_since_sample = first
+        progress.nonfinite_in_a_row += 1
+        if (count := progress.nonfinite_in_a_row) >= training.max_nonfinite_steps:
+            since = f", {count} such steps in a row (--max-nonfinite-steps {training.max_nonfinite_steps})"
+            raise UserError(
+                f"{result.nonfinite} at step {progress.step}{since if count > 1 else ''}; samples "
+                f"{progress.nonfinite_since_sample} to {last}; no weight was changed since step "
+                f"{progress.step - count}: lower --lr, or look at the data"
+            )
 
     def _report(
         self, reporter: Reporter, result: StepResult, lr: float, samples: int, micro_batches: int, seconds: float
     ) -> None:
-        if self.progress.step % self.run.logging.log_interval and self.progress.step not in (1, self.steps):
+        due = self.progress.step % self.run.logging.log_interval == 0 or self.progress.step in (1, self.steps)
+        # A step that was skipped for NaN is never passed over in silence.
+        if not due and result.nonfinite is None:
             # Counters are emptied every step, so that a line stands for one step.
             discard_metrics(self.model)
             return
@@ -153,6 +175,7 @@ class Trainer:
             "lr": lr,
             "loss_scale": float(self.optimizer.get_loss_scale()),
             "skipped": int(result.skipped),
+            "skipped_steps": self.progress.skipped_steps,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "tflops_per_device": tokens * training_flops_per_token(self.run) / seconds / self.world.size / 1e12,
@@ -189,14 +212,20 @@ class Trainer:
             )
             reporter.say(f"saved {folder}")
 
-    def _out_of_time(self, started: float) -> bool:
+    def _agree_to_stop(self, received: signal.Signals | None, started: float) -> tuple[signal.Signals | None, bool]:
+        """The signal that any rank has received, and whether the time is over: all must stop at the same step."""
         limit = self.run.training.exit_duration_in_mins
-        if limit is None:
-            return False
-        # Rank 0 decides: clocks differ, and all must stop at the same step.
-        over = torch.tensor([time.monotonic() - started > limit * 60.0], device=torch.cuda.current_device()).int()
-        dist.broadcast(over, src=0)
-        return bool(over.item())
+        # Rank 0's clock counts: clocks differ.
+        over = self.world.is_main and limit is not None and time.monotonic() - started > limit * 60.0
+        reasons = torch.tensor([received or 0, over], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
+        number, out_of_time = reasons.tolist()
+        return signal.Signals(number) if number else None, bool(out_of_time)
+
+    def _say_stopped(self, reporter: Reporter, received: signal.Signals | None) -> None:
+        why = received.name if received is not None else "--exit-duration-in-mins is over"
+        then = "--load goes on from here" if self.run.checkpoint.save else "nothing is saved without --save"
+        reporter.say(f"stopped at step {self.progress.step}: {why}; {then}")
 
     def _training_batches(self) -> list[Iterator[Batch]]:
         return self._iterators(

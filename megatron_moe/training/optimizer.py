@@ -1,5 +1,6 @@
 """Optimizer, learning-rate schedule and data-parallel wrapping: megatron-core's, built from a run's flags."""
 
+import math
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
     _use_fused_adam(optimizer)
     _let_sgd_be_loaded(optimizer)
     _share_loss_scale(optimizer)
+    _refuse_nonfinite_gradients(optimizer)
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -127,6 +129,27 @@ def _share_loss_scale(optimizer: MegatronOptimizer) -> None:
         return overflow
 
     optimizer.prepare_grads = prepare_grads
+
+
+def _refuse_nonfinite_gradients(optimizer: MegatronOptimizer) -> None:
+    """Leave the weights as they are when the gradient norm is NaN or inf; `step` then returns False and the norm.
+
+    Without a loss scaler megatron-core would clip by that norm and update (`optimizer/optimizer.py:
+    ChainedOptimizer.step`; its `grad_norm_skip_threshold` is never less than NaN): one bad batch would take all
+    weights with it. The norm is the same on every rank, so all leave the update out together.
+    """
+    norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = 0.0
+
+    def get_grad_norm() -> float:
+        nonlocal norm
+        norm = float(norm_of() or 0.0)
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        return update() if math.isfinite(norm) else False
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
 
 
 def build_scheduler(

@@ -4,6 +4,7 @@ Only rank 0 writes. A resumed run cuts the files back to the step it resumes fro
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +98,9 @@ class Reporter:
     def _write(self, name: str, row: dict[str, Any]) -> None:
         file = self._files.get(name)
         if file is not None:
-            file.write(json.dumps(row) + "\n")
+            # JSON knows no NaN: readers other than Python's would refuse the file.
+            finite = {name: None if _is_nonfinite(value) else value for name, value in row.items()}
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
 
     def _scalars(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
@@ -140,8 +143,14 @@ def describe_step(metrics: dict[str, Any], total: int) -> str:
         f"{metrics['step_seconds']:.2f} s",
     ]
     if metrics.get("skipped"):
-        parts.append(f"SKIPPED (overflow), loss scale {metrics['loss_scale']:.0f}")
+        lost = [name for name in ("lm_loss", "grad_norm") if _is_nonfinite(metrics[name])]
+        why = "not finite" if lost else f"overflow, loss scale {metrics['loss_scale']:.0f}"
+        parts.append(f"SKIPPED ({why}); {metrics['skipped_steps']} so far")
     return " | ".join(parts)
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(step: int, total: int) -> str:

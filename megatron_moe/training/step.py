@@ -3,6 +3,7 @@
 Shape legend: B = micro batch, S = sequence on this rank (the whole one divided by the context-parallel size).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.expert_bias import remember_expert_biases
 
 Batch = dict[str, Tensor]
 
@@ -25,11 +27,19 @@ class StepResult:
     """What one optimizer step reports; the same on every rank."""
 
     loss: float
-    """Mean loss per token, in nats."""
+    """Mean loss per token, in nats; NaN or inf in a step that was skipped for it."""
     grad_norm: float
-    """Global norm before clipping; 0 when the step was skipped."""
+    """Global norm before clipping; 0 where it was not computed, because the step was skipped before."""
     skipped: bool
-    """The gradients overflowed (fp16): the weights are unchanged and the loss scale falls."""
+    """The weights are unchanged: the gradients overflowed (fp16; the loss scale falls), or something was not finite."""
+
+    @property
+    def nonfinite(self) -> str | None:
+        """What was not finite, as `loss is nan`, or None."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        return None
 
 
 def context_parallel_slice(batch: Batch) -> Batch:
@@ -99,14 +109,21 @@ def run_micro_batches(
 def train_step(
     run: RunConfig, model: list[Any], optimizer: MegatronOptimizer, batches: list[Iterator[Batch]], count: int
 ) -> StepResult:
-    """Gradients of `count` micro-batches and one update."""
+    """Gradients of `count` micro-batches and one update, which is left out if the loss or the norm is not finite."""
     for chunk in model:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    restore_expert_biases = remember_expert_biases(model)
     reports = run_micro_batches(run, model, batches, count, forward_only=False)
-    updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss=mean_loss(reports), grad_norm=float(grad_norm or 0.0), skipped=not _agree(bool(updated)))
+    loss = mean_loss(reports)
+    updated, grad_norm = False, None
+    if math.isfinite(loss):
+        updated, grad_norm, _ = optimizer.step()
+    skipped = not _agree(bool(updated))
+    if skipped:
+        restore_expert_biases()
+    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), skipped=skipped)
 
 
 def _agree(updated: bool) -> bool:
