@@ -24,14 +24,24 @@ class Curve:
 
 def train_curve(run: RunConfig) -> Curve:
     """Train a run to its end on this rank and return what every rank is told of it."""
+    return record_curve(build_trainer(run))
+
+
+def build_trainer(run: RunConfig) -> Any:
+    """Start this rank and build its trainer, as the entry point does."""
     from megatron_moe.config.validate import validate
-    from megatron_moe.moe.metrics import LayerLoad
     from megatron_moe.runtime.distributed import environment_world_size, start
     from megatron_moe.training.loop import Trainer
-    from megatron_moe.training.reporting import Reporter
 
     validate(run, environment_world_size())
-    trainer = Trainer.build(run, start(run.parallel, run.virtual_stages))
+    return Trainer.build(run, start(run.parallel, run.virtual_stages))
+
+
+def record_curve(trainer: Any) -> Curve:
+    """Train to the end and return what the trainer reported."""
+    from megatron_moe.moe.metrics import LayerLoad
+    from megatron_moe.training.reporting import Reporter
+
     curve = Curve()
 
     class Recorder(Reporter):
