@@ -1,6 +1,7 @@
 """What a checkpoint holds beside the optimizer, as megatron-core's sharded state: model, progress, generators."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
@@ -8,6 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.utils import unwrap_model
 
 from megatron_moe.checkpoint.optimizer_state import METADATA
+from megatron_moe.config.base import UserError
 from megatron_moe.runtime.seeds import capture_states
 
 
@@ -23,10 +25,25 @@ class Progress:
     """Steps up to now whose loss or gradient norm was NaN or inf."""
     nonfinite_since_sample: int = 0
     """First sample of these steps."""
-    requested_samples: int = 0
-    """Samples that the datasets were built for: the order of the data depends on it."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the order of the data depends on (`SampleStream.identity`): `consumed_samples` is a position in that."""
     layout: dict[str, int] = field(default_factory=dict)
     """Parallel sizes under which the checkpoint was written."""
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any], folder: Path) -> "Progress":
+        """Of a checkpoint's common state.
+
+        Raises:
+            UserError: it holds something that this version does not know, and so cannot go on from.
+        """
+        unknown = sorted(saved.keys() - {known.name for known in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"{folder}: was written by another version of megatron_moe, whose order of data or schedule this one "
+                f"does not go on with ({unknown[0]}); --finetune takes its weights alone"
+            )
+        return cls(**saved)
 
 
 def current_layout() -> dict[str, int]:

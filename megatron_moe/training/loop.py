@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe.checkpoint.layout import find_checkpoint, latest_iteration
-from megatron_moe.checkpoint.load import load_checkpoint, read_progress
+from megatron_moe.checkpoint.layout import latest_iteration
+from megatron_moe.checkpoint.load import load_checkpoint
 from megatron_moe.checkpoint.save import save_checkpoint
 from megatron_moe.checkpoint.state import Progress
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.datasets import Datasets, build_data_iterator, build_datasets, build_eval_iterator
+from megatron_moe.data.sample_stream import change_of_data
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.model.flops import training_flops_per_token
 from megatron_moe.model.gpt import build_model
@@ -64,16 +65,15 @@ class Trainer:
         steps = total_steps(run, schedule)
         resume = _resume_from(run)
         _check_save_folder(run, resume)
-        requested = _requested_samples(run, schedule.samples_after(steps), resume)
         # Data before the model: a wrong path is found in a second, not after the weights are drawn.
-        validation = run.training.eval_iters * schedule.global_batch_size if run.training.eval_interval else 0
-        datasets = build_datasets(run, tokenizer, (requested, validation, 0))
+        validation = run.training.eval_iters > 0 and run.training.eval_interval > 0
+        datasets = build_datasets(run, tokenizer, train=True, valid=validation)
         set_seeds(run.training.seed)
         model = wrap_data_parallel(run, build_model(run, initialize=not resume))
         optimizer = build_optimizer(run, model)
         scheduler = build_scheduler(run, optimizer, schedule, steps)
         progress = load_checkpoint(run, model, optimizer, scheduler) if resume else Progress()
-        progress.requested_samples = requested
+        _keep_data(progress, _present(datasets.train).identity)
         return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
 
     def train(self, reporter: Reporter | None = None) -> signal.Signals | None:
@@ -270,22 +270,15 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _requested_samples(run: RunConfig, needed: int, resume: bool) -> int:
-    """Training samples to build the dataset for.
-
-    The order of the data depends on this number (how many passes it takes), so a resumed run asks for what the run
-    before it asked for, as long as that suffices; beyond it, the order changes, and the user is told.
-    """
-    if not resume or run.checkpoint.finetune:
-        return needed
-    assert run.checkpoint.load is not None
-    before = read_progress(find_checkpoint(run.checkpoint.load)).requested_samples
-    if needed > before and dist.get_rank() == 0:
+def _keep_data(progress: Progress, identity: dict[str, Any]) -> None:
+    """Remember which data the position in it belongs to, and say so when it is another than before."""
+    change = change_of_data(progress.data, identity) if progress.data else None
+    if change is not None and dist.get_rank() == 0:
         print(
-            f"{needed} samples are needed, {before} were planned: if that takes more passes over the data, samples "
-            "come in another order from here on, and some of them again"
+            f"other data than before: {change}; the run goes on at sample {progress.consumed_samples} of the new "
+            "order, text of the run before may come again"
         )
-    return max(needed, before)
+    progress.data = identity
 
 
 def _resume_from(run: RunConfig) -> bool:

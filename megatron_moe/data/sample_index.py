@@ -1,0 +1,167 @@
+"""The sample index of a token file: one epoch of megatron-core's GPTDataset, and its files in the cache folder.
+
+An index lies in a folder of its own, which gets its name only when all of it is on the disk: a run that is killed
+while it writes one leaves a folder `*.tmp` that nothing reads. The name is a hash of everything the index depends on.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_moe.config.base import UserError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.data.indexed import IndexedFile, bin_path, idx_path
+from megatron_moe.data.tokenizer.load import Tokenizer
+
+# What numpy raises on a file that was cut short, emptied or overwritten.
+_DAMAGE = (ValueError, EOFError, OSError, pickle.UnpicklingError)
+# Names GPTDataset gives its three arrays (megatron/core/datasets/gpt_dataset.py,
+# `_build_document_sample_shuffle_indices`). Where one is missing it would write all anew, on rank 0 only.
+_ARRAYS = ("document_index", "sample_index", "shuffle_index")
+
+
+class _DatasetTokenizer:
+    """What GPTDataset reads of a tokenizer.
+
+    No `pad`, so that megatron-core masks nothing by id (megatron/core/datasets/megatron_dataset.py, `__init__`).
+    `unique_identifiers` would go into the names of the index's files; here the folder's name tells indices apart.
+    """
+
+    unique_identifiers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eod = tokenizer.eod
+        self.vocab_size = tokenizer.vocab_size
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """The documents of a token file that belong to one split.
+
+    Attributes:
+        source: the checked pair.
+        first, last: its documents [first, last).
+        split: which split they are.
+    """
+
+    source: IndexedFile
+    first: int
+    last: int
+    split: Split
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in these documents."""
+        return int(self.source.lengths[self.first : self.last].sum(dtype="int64"))
+
+    @property
+    def identity(self) -> str:
+        """What tells this text from another, wherever the file lies."""
+        name = Path(self.source.prefix).name
+        total = len(self.source.lengths)
+        return f"{name}, documents {self.first} to {self.last} of {total}, {self.source.num_tokens} tokens"
+
+    def index_folder(self, run: RunConfig, cache: Path) -> Path:
+        """Where its index lies. The stamp keeps it from being used for files written anew under an old name."""
+        stats = [path(self.source.prefix).stat() for path in (bin_path, idx_path)]
+        key = {
+            "prefix": self.source.prefix,
+            "stamp": [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)],
+            "documents": [self.first, self.last],
+            "split": self.split.name,
+            "seed": run.training.seed,
+            "seq_length": run.model.seq_length,
+        }
+        return cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+
+
+def write_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path) -> None:
+    """Build a part's index unless it is there. One process does it.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    folder = part.index_folder(run, cache)
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        unfinished.mkdir()
+        _dataset(part, run, tokenizer, unfinished)
+        for path in unfinished.iterdir():
+            _sync(path)
+        _publish(unfinished, folder)
+    except OSError as error:
+        raise UserError(f"--data-cache-path {cache}: cannot write there: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def open_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path) -> GPTDataset:
+    """Samples of one epoch, in the shuffled order of an index that `write_index` wrote; memory-mapped.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    folder = part.index_folder(run, cache)
+    try:
+        for name in _ARRAYS:
+            if not list(folder.glob(f"*{name}.npy")):
+                raise FileNotFoundError(f"no {name}")
+        dataset = _dataset(part, run, tokenizer, folder)
+        if len(dataset.shuffle_index) != len(dataset):
+            raise ValueError(f"{len(dataset.shuffle_index)} places for {len(dataset)} samples")
+    except _DAMAGE as error:
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{folder}: damaged sample index of {part.source.prefix} ({problem}); delete the folder, the next run "
+            "writes it again"
+        ) from error
+    return dataset
+
+
+def _dataset(part: FilePart, run: RunConfig, tokenizer: Tokenizer, folder: Path) -> GPTDataset:
+    config = GPTDatasetConfig(
+        random_seed=run.training.seed,
+        sequence_length=run.model.seq_length,
+        blend=([part.source.prefix], None),
+        split="1",
+        path_to_cache=str(folder),
+        tokenizer=_stand_in(tokenizer),
+        reset_position_ids=run.data.reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=run.data.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    documents = np.arange(part.first, part.last, dtype=np.int32)
+    tokens = GPTDataset.build_low_level_dataset(part.source.prefix, config)
+    # No number of samples: exactly one epoch (`_get_num_epochs`).
+    return GPTDataset(tokens, part.source.prefix, documents, None, part.split, config)
+
+
+def _stand_in(tokenizer: Tokenizer) -> Any:
+    return _DatasetTokenizer(tokenizer)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        # Another run was faster; its index is the same.
+        if not folder.exists():
+            raise

@@ -1,0 +1,128 @@
+"""The samples of a blend as one stream without end: what a run reads at sample i, for every i.
+
+Sample i depends on the files, the seed, --seq-length, --split and the weights alone, not on how many samples a run
+asks for, on batch sizes or on a layout. Every epoch of a file holds each of its samples once. Samples are cut at the
+same places in every epoch; the text after the last full one, less than --seq-length + 1 tokens, is not read (as with
+one epoch of megatron-core's GPTDataset).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch.utils.data import Dataset
+
+from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.data.sample_order import BlendOrder, EpochOrder
+
+Sample = dict[str, torch.Tensor]
+# Samples after which a blend's pattern repeats: keeps every share to a millionth, takes 6 MB.
+PATTERN_LENGTH = 1 << 20
+
+
+class Place(NamedTuple):
+    """Where a sample of the stream comes from."""
+
+    file: int
+    """Which file of the blend."""
+    epoch: int
+    """How many times all samples of the file have come before."""
+    sample: int
+    """Which sample of the file's index."""
+
+
+class SampleStream(Dataset[Sample]):
+    """Endless samples of one split: index it with any number from 0 on; it has no length.
+
+    Args:
+        epochs: one epoch of each file.
+        weights: shares of the files; only their ratios matter.
+        seed: chooses the order of samples in every epoch but the first, which the index holds.
+        identity: what the stream depends on, by name, for `change_of_data`.
+    """
+
+    def __init__(
+        self, epochs: Sequence[GPTDataset], weights: Sequence[float], seed: int, identity: Mapping[str, Any]
+    ) -> None:
+        self._epochs = epochs
+        self._orders = [EpochOrder(len(epoch), seed, file) for file, epoch in enumerate(epochs)]
+        self._blend = blend_order(weights) if len(epochs) > 1 else None
+        self.identity = dict(identity)
+
+    @property
+    def epoch_sizes(self) -> list[int]:
+        """Samples that every file holds."""
+        return [order.size for order in self._orders]
+
+    def locate(self, position: int) -> Place:
+        """Where sample `position` comes from."""
+        file, turn = self._blend.locate(position) if self._blend else (0, position)
+        return Place(file, *self._orders[file].locate(turn))
+
+    def __getitem__(self, position: int) -> Sample:
+        place = self.locate(position)
+        return self._epochs[place.file][place.sample]
+
+
+def blend_order(weights: Sequence[float], length: int = PATTERN_LENGTH) -> BlendOrder:
+    """Turns of files by megatron-core's rule: whoever is furthest behind its share comes next.
+
+    Within the pattern this is what its BlendedDataset reads (megatron/core/datasets/helpers.cpp,
+    `build_blending_indices`).
+
+    Raises:
+        ConfigError: a share is so small that the file would never come.
+    """
+    require_helpers()
+    from megatron.core.datasets import helpers
+
+    total = math.fsum(weights)
+    shares = [weight / total for weight in weights]
+    files, turns = np.zeros(length, np.int16), np.zeros(length, np.int64)
+    helpers.build_blending_indices(files, turns, shares, len(shares), length, False)
+    for file, count in enumerate(np.bincount(files, minlength=len(shares))):
+        if count == 0:
+            raise ConfigError(
+                f"--data-path: file {file + 1} of the blend has weight {weights[file]:g} of {total:g}, less than one "
+                f"sample in {length}; give it more, leave it out, or merge it with another file"
+            )
+    return BlendOrder(files, turns)
+
+
+def require_helpers() -> None:
+    """megatron-core's compiled index builder, which its wheels hold, and which it can compile from source only in a
+    checkout (megatron/core/datasets/utils.py, `compile_helpers`; the wheel has no Makefile).
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"megatron-core: its compiled helpers_cpp cannot be imported ({error}); install a wheel "
+            "for this Python: "
+            "pip install --force-reinstall --no-deps --only-binary :all: 'megatron-core>=0.19,<0.20'"
+        ) from error
+
+
+def change_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How the data of a resumed run differs from that of the run before; None if it is the same stream.
+
+    Args:
+        before, now: `SampleStream.identity` of both.
+    """
+    for name, value in now.items():
+        if before[name] == value:
+            continue
+        if isinstance(value, list) and len(value) == len(before[name]):
+            old, new = next((old, new) for old, new in zip(before[name], value, strict=True) if old != new)
+        elif isinstance(value, list):
+            old, new = len(before[name]), len(value)
+        else:
+            old, new = before[name], value
+        return f"{name} ({old} before, {new} now)"
+    return None
