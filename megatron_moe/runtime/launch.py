@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_moe.config.base import UserError
+from megatron_moe.runtime import signals
 
 USER_ERROR_CODE = 2
 BUG_CODE = 1
@@ -30,6 +31,14 @@ LOST_CONNECTION = re.compile(
     r"|unable to read data from the store",
     re.IGNORECASE,
 )
+
+
+LOST = "lost its connection"
+"""What a rank puts down that knows no more than that; a reason goes over it."""
+
+
+class AnotherRankFailed(RuntimeError):
+    """This rank stops because of another, which says why itself."""
 
 
 class Reason(NamedTuple):
@@ -70,6 +79,8 @@ def another_rank_failed() -> bool:
 
 def lost_connection(error: BaseException) -> bool:
     """Whether an error only says that another rank has gone: a collective's own, or one raised because of it."""
+    if isinstance(error, AnotherRankFailed):
+        return True
     failures = getattr(error, "failures", None)
     if isinstance(failures, dict) and failures:
         # torch.distributed.checkpoint.api.CheckpointException: what went wrong on which rank.
@@ -105,15 +116,19 @@ def _explain(error: BaseException, *, debug: bool) -> int:
 
 
 def _follow(error: BaseException) -> int:
-    """Leave after a rank that has gone. Its reason is the one to print, by itself or, if it was killed, by torchrun."""
+    """Leave after a rank that has gone. Its reason is the one to print: by itself, or by torchrun if it was killed."""
+    before = _report(BUG_CODE, LOST)
+    if signals.unanswered():
+        # The launcher has told this rank to end, so it knows of the other one.
+        return 128 + signal.SIGTERM
     _on_termination(signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)
-    before = _reported() or _report(BUG_CODE, "lost its connection")
-    if before is not None:
+    before = _reported() or before
+    if before is not None and before != (_rank(), BUG_CODE, LOST):
         return before.code
     print(
-        f"error: rank {_rank()} lost its connection to another rank, which left without giving a reason (killed, or "
-        f"out of memory?): {_root(error)}; start the run again with --load, or see what ended that rank",
+        f"error: rank {_rank()} lost its connection to another rank, which gave no reason: killed, or out of memory? "
+        f"({_root(error)}); look for that rank's end, then go on with --load",
         file=sys.stderr,
         flush=True,
     )
@@ -132,6 +147,8 @@ def _report(code: int, text: str) -> Reason | None:
     mine = f"{_rank()}\n{code}\n{text}"
     try:
         written = store.compare_set(_key(), "", mine).decode()
+        if _parse(written).text == LOST and text != LOST:
+            written = store.compare_set(_key(), written, mine).decode()
     except RuntimeError:
         return None
     return None if written == mine else _parse(written)

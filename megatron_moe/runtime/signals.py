@@ -18,6 +18,12 @@ STOPPED_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.5
 _END = b"\0"
+_unanswered: list[signal.Signals] = []
+
+
+def unanswered() -> bool:
+    """Whether a signal came that nothing answered, because an error ended the training."""
+    return bool(_unanswered)
 
 
 class StopSignals:
@@ -46,6 +52,8 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.received is not None:
+            _unanswered.append(self.received)
         for number, handler in self._before:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
