@@ -185,7 +185,10 @@ def train_with_a_lost_weight(run: RunConfig) -> str:
 def test_lost_loss_is_one_clear_line_on_every_rank(tiny_data: Path) -> None:
     messages = run_ranks(2, train_with_a_lost_weight, tiny_run(**data_flags(tiny_data), pipeline_model_parallel_size=2))
     for message in messages:
-        assert message == "loss is nan at step 1 (samples 0 to 7); lower --lr, or look at the data"
+        assert message == (
+            "loss is nan at step 3, 3 such steps in a row (--max-nonfinite-steps 3); samples 0 to 23; no weight was "
+            "changed since step 0: lower --lr, or look at the data"
+        )
 
 
 def test_resuming_cuts_the_files_back(tiny_data: Path, tmp_path: Path) -> None:
