@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.data.indexed import IndexedFile, open_indexed
@@ -36,13 +37,13 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
         flag: its name, for errors.
 
     Raises:
-        ConfigError: no value, a weight that is none, or a number that is followed by no prefix.
+        ConfigError: no value, a weight that is none, a number that is followed by no prefix, or a file twice.
         UserError: a pair is missing or damaged.
     """
     if not words:
         raise ConfigError(f"{flag}: needs at least one prefix of a .bin/.idx pair")
     if not any(_is_number(word) for word in words):
-        files = tuple(open_indexed(word, flag) for word in words)
+        files = _open_all(words, flag)
         return Blend(files, tuple(float(source.num_tokens) for source in files))
     if len(words) % 2:
         raise ConfigError(
@@ -56,7 +57,17 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
         if not (math.isfinite(float(word)) and float(word) > 0):
             raise ConfigError(f"{flag}: weight {word} of {prefix} must be greater than 0")
         weights.append(float(word))
-    return Blend(tuple(open_indexed(prefix, flag) for prefix in words[1::2]), tuple(weights))
+    return Blend(_open_all(words[1::2], flag), tuple(weights))
+
+
+def _open_all(prefixes: Sequence[str], flag: str) -> tuple[IndexedFile, ...]:
+    """Open every pair once: two entries of one file would read each of its samples twice an epoch."""
+    seen: set[Path] = set()
+    for prefix in prefixes:
+        if Path(prefix).resolve() in seen:
+            raise ConfigError(f"{flag}: {prefix} is given twice; give it once, with the sum of its weights")
+        seen.add(Path(prefix).resolve())
+    return tuple(open_indexed(prefix, flag) for prefix in prefixes)
 
 
 def _is_number(word: str) -> bool:

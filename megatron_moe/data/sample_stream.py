@@ -74,21 +74,24 @@ def blend_order(weights: Sequence[float], length: int = PATTERN_LENGTH) -> Blend
     `build_blending_indices`).
 
     Raises:
-        ConfigError: a share is so small that the file would never come.
+        ConfigError: a share is too small for the pattern, or there are too many files.
     """
     require_helpers()
     from megatron.core.datasets import helpers
 
+    if len(weights) > np.iinfo(np.int16).max:
+        raise ConfigError(f"--data-path: {len(weights)} files; a blend takes at most {np.iinfo(np.int16).max}")
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
-    files, turns = np.zeros(length, np.int16), np.zeros(length, np.int64)
-    helpers.build_blending_indices(files, turns, shares, len(shares), length, False)
-    for file, count in enumerate(np.bincount(files, minlength=len(shares))):
-        if count == 0:
+    for file, share in enumerate(shares):
+        # The rule serves every file early on, so a pattern would give such a file more than its share.
+        if share * length < 1:
             raise ConfigError(
                 f"--data-path: file {file + 1} of the blend has weight {weights[file]:g} of {total:g}, less than one "
                 f"sample in {length}; give it more, leave it out, or merge it with another file"
             )
+    files, turns = np.zeros(length, np.int16), np.zeros(length, np.int64)
+    helpers.build_blending_indices(files, turns, shares, len(shares), length, False)
     return BlendOrder(files, turns)
 
 

@@ -162,6 +162,7 @@ def test_new_files_under_an_old_name_are_not_read_through_an_old_cache(tmp_path:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     good = write(tmp_path / "good", 100)
     short = write(tmp_path / "short", 1, length=4)
+    long = write(tmp_path / "long", 100)
     none = str(tmp_path / "none")
     blocked = tmp_path / "file"
     blocked.touch()
@@ -176,6 +177,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ({"data_path": ("0.5", good, "half", good)}, "'half' before .* must be a weight"),
         ({"data_path": ("-1", good, "2", good)}, "weight -1 of .* must be greater than 0"),
         ({"data_path": ("nan", good, "2", good)}, "weight nan of .* must be greater than 0"),
+        ({"data_path": ("1", good, "2", f"{tmp_path}/./good")}, r"--data-path: .*\./good is given twice"),
+        ({"data_path": ("1e-8", good, "1", long)}, "file 1 of the blend has weight 1e-08 .* less than one sample"),
         ({"data_path": (good,), "split": "0,0"}, "--split 0,0: at least one share"),
         ({"data_path": (good,), "split": "1"}, "the validation part of .*good holds only 0 tokens"),
         ({"data_path": (short,), "split": "1,1"}, "the training part of .*short holds only . tokens"),
