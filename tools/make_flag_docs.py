@@ -96,14 +96,14 @@ def replaced_symbols() -> list[tuple[str, Replacement]]:
     from megatron_moe.runtime.quiet import silence_third_party_warnings
 
     silence_third_party_warnings()
-    from megatron_moe.checkpoint import save, torch_adam, torch_metadata
+    from megatron_moe.checkpoint import safe_reader, save, torch_adam
     from megatron_moe.moe import expert_bias
     from megatron_moe.runtime import cpu
 
     anywhere = [
         ("a model is built", expert_bias.REPLACEMENT),
-        ("a checkpoint is written", save.REPLACEMENT),
-        ("a checkpoint is read", torch_metadata.REPLACEMENT),
+        *(("a checkpoint is written", replacement) for replacement in save.REPLACEMENTS),
+        *(("a checkpoint is read", replacement) for replacement in safe_reader.REPLACEMENTS),
         ("a run is resumed", torch_adam.REPLACEMENT),
     ]
     return anywhere + [("on a CPU", replacement) for replacement in cpu.replacements()]

@@ -7,7 +7,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_moe.checkpoint import torch_metadata
+from megatron_moe.checkpoint import safe_reader
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
@@ -63,7 +63,7 @@ def read_progress(folder: Path) -> Progress:
     Raises:
         UserError: the checkpoint is damaged.
     """
-    return Progress(**_common_state(folder)["progress"])
+    return _progress(_common_state(folder), folder)
 
 
 def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
@@ -83,7 +83,7 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         optimizer.reload_model_params()
         return Progress()
     common = _common_state(folder)
-    saved = Progress(**common["progress"])
+    saved = _progress(common, folder)
     sharded = model_state(model)
     wanted: dict[str, Any] = dict(sharded)
     loading: OptimizerLoad | None = None
@@ -91,7 +91,7 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         try:
             loading = OptimizerLoad(sharded, optimizer, common["optimizer_common"], folder)
         except DAMAGE as error:
-            raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({_first_line(error)})") from error
+            raise _damaged(folder, "cannot be loaded", error) from error
         wanted["optimizer"] = loading.wanted
     same_layout = saved.layout == current_layout()
     if same_layout and not run.checkpoint.no_load_rng:
@@ -101,10 +101,13 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         loading.finish(state["optimizer"])
     else:
         optimizer.reload_model_params()
-    scheduler.load_state_dict(common["scheduler"])
-    if "rng_state" in wanted:
-        restore_states(state["rng_state"])
-    elif not run.checkpoint.no_load_rng:
+    try:
+        scheduler.load_state_dict(common["scheduler"])
+        if "rng_state" in wanted:
+            restore_states(state["rng_state"])
+    except DAMAGE as error:
+        raise _damaged(folder, "scheduler or random numbers cannot be restored", error) from error
+    if "rng_state" not in wanted and not run.checkpoint.no_load_rng:
         set_seeds(run.training.seed + saved.step)
     return saved
 
@@ -143,20 +146,35 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
-    replace.apply([torch_metadata.REPLACEMENT])
+    safe_reader.check_folder(folder)
+    replace.apply(safe_reader.REPLACEMENTS)
     try:
-        return dist_checkpointing.load_common_state_dict(str(folder))
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        # Asked for here, so that a checkpoint without them is named as damaged and not met later.
+        return {key: common[key] for key in ("progress", "scheduler", "optimizer_common")}
     except DAMAGE as error:
-        raise UserError(f"{folder}: damaged checkpoint, cannot read its common state ({_first_line(error)})") from error
+        raise _damaged(folder, "cannot read its common state", error) from error
+
+
+def _progress(common: dict[str, Any], folder: Path) -> Progress:
+    try:
+        progress = Progress.from_saved(common["progress"], folder)
+        counts = [value for name, value in vars(progress).items() if name != "layout"]
+        if not all(isinstance(count, int) and count >= 0 for count in [*counts, *progress.layout.values()]):
+            raise ValueError("its progress is not in numbers")
+    except DAMAGE as error:
+        raise _damaged(folder, "cannot read its progress", error) from error
+    return progress
 
 
 def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, Any]:
     """Load the wanted parts; nothing that was asked for may be missing, and no weight may be left over."""
-    replace.apply([torch_metadata.REPLACEMENT])
+    safe_reader.check_folder(folder)
+    replace.apply(safe_reader.REPLACEMENTS)
     try:
         state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
     except DAMAGE as error:
-        raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({_first_line(error)})") from error
+        raise _damaged(folder, "cannot be loaded", error) from error
     leftover = {key for key in unused if not key.startswith(("optimizer.", "rng_state", "chained_", "common_state"))}
     if absent or leftover:
         problem = f"lacks {sorted(absent)[0]}" if absent else f"also holds {sorted(leftover)[0]}"
@@ -164,6 +182,10 @@ def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, A
     for index, chunk in enumerate(model):
         chunk.load_state_dict(state[f"model{index}"])
     return state
+
+
+def _damaged(folder: Path, what: str, error: BaseException) -> UserError:
+    return safe_reader.user_error(error) or UserError(f"{folder}: damaged checkpoint, {what} ({_first_line(error)})")
 
 
 def _first_line(error: BaseException) -> str:

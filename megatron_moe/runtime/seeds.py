@@ -23,12 +23,13 @@ def set_seeds(seed: int) -> None:
 
 
 def capture_states() -> dict[str, Any]:
-    """Every generator's state, as a checkpoint keeps it."""
+    """Every generator's state, as a checkpoint keeps it: numbers, text and tensors, which load without running code."""
     from megatron.core import tensor_parallel
 
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -40,7 +41,8 @@ def restore_states(states: dict[str, Any]) -> None:
     from megatron.core import tensor_parallel
 
     random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state(states["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
