@@ -1,0 +1,202 @@
+"""The cells of docs/equivalence.md: every legal layout, and every switch that must not change the mathematics."""
+
+from typing import Any
+
+from megatron_moe.config.base import ConfigError
+from tests.helpers.equivalence import (
+    CONTEXT,
+    EXPERT,
+    EXPERT_TENSOR,
+    PIPELINE,
+    TENSOR,
+    VIRTUAL,
+    Cell,
+    legal_layouts,
+)
+from tests.helpers.tiny import tiny_run
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {TENSOR: 2}),
+    "TP2 DP2": (4, {TENSOR: 2}),
+    "PP2": (2, {PIPELINE: 2}),
+    "PP2 DP2": (4, {PIPELINE: 2}),
+    "PP2i": (2, {PIPELINE: 2, VIRTUAL: 1}),
+    "PP2i DP2": (4, {PIPELINE: 2, VIRTUAL: 1}),
+    "EP2": (2, {EXPERT: 2}),
+    "EP2 DP4": (4, {EXPERT: 2}),
+    "EP4": (4, {EXPERT: 4}),
+    "ETP2": (2, {EXPERT_TENSOR: 2}),
+    "CP2": (2, {CONTEXT: 2}),
+    "CP2 DP2": (4, {CONTEXT: 2}),
+    "CP2 EP2": (2, {CONTEXT: 2, EXPERT: 2}),
+    "TP2 EP2 ETP1": (2, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
+    "TP2 EP2 ETP1 DP2": (4, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
+    "TP2 EP2 ETP2": (4, {TENSOR: 2, EXPERT: 2}),
+    "PP2 EP2": (4, {PIPELINE: 2, EXPERT: 2}),
+    "PP2i EP2": (4, {PIPELINE: 2, VIRTUAL: 1, EXPERT: 2}),
+    "TP2 PP2": (4, {TENSOR: 2, PIPELINE: 2}),
+    "TP2 PP2 EP2 ETP1": (4, {TENSOR: 2, PIPELINE: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
+}
+"""Layouts in which switches are tried. TP2 means ETP2 where ETP is not named: that is the default."""
+
+
+def cells(
+    group: str, switch: str, flags: dict[str, Any], layouts: list[str], model: str = "pyramid-residual"
+) -> list[Cell]:
+    """One switch in several layouts."""
+    found = []
+    for layout in layouts:
+        ranks, sizes = LAYOUTS[layout]
+        name = f"{switch}: {layout}" if switch else layout
+        found.append(Cell(group, name, ranks, {**flags, **sizes}, model))
+    return found
+
+
+def grid() -> list[Cell]:
+    """Every legal layout of up to four ranks but one process itself."""
+    return [Cell("grid", layout.name, layout.ranks, layout.flags) for layout in legal_layouts() if layout.ranks > 1]
+
+
+ZERO1 = {"use_distributed_optimizer": True}
+OVERLAP = ZERO1 | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def optimizers() -> list[Cell]:
+    """The distributed optimizer, and communication that overlaps with computing."""
+    group = "distributed optimizer"
+    everywhere = ["DP2", "TP2 DP2", "PP2 DP2", "PP2i DP2", "EP2", "EP2 DP4", "EP4", "ETP2", "CP2", "CP2 DP2"]
+    return [
+        *cells(group, "ZeRO-1", ZERO1, [*everywhere, "TP2 EP2 ETP1 DP2", "TP2 EP2 ETP2", "PP2 EP2"]),
+        *cells(group, "overlapped reduction", {"overlap_grad_reduce": True}, ["DP2", "PP2i DP2", "EP2 DP4"]),
+        *cells(
+            group,
+            "ZeRO-1, overlapped reduction and gathers",
+            OVERLAP,
+            ["DP2", "PP2 DP2", "PP2i DP2", "EP2 DP4", "TP2 EP2 ETP1 DP2", "CP2 DP2"],
+        ),
+    ]
+
+
+def full(method: str, layers: int) -> dict[str, Any]:
+    """Recompute of whole layers."""
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+
+
+def selective(*modules: str) -> dict[str, Any]:
+    """Recompute of parts of every layer."""
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def recompute() -> list[Cell]:
+    """Every mode alone, and in layouts whose communication it repeats."""
+    group = "recompute"
+    return [
+        *cells(group, "full, uniform 1", full("uniform", 1), ["one process", "TP2 EP2 ETP1", "PP2i EP2", "CP2 EP2"]),
+        *cells(group, "full, uniform 2", full("uniform", 2), ["one process", "PP2"]),
+        *cells(group, "full, block 1", full("block", 1), ["PP2i", "TP2 EP2 ETP2"]),
+        *cells(group, "full, block 2", full("block", 2), ["one process", "EP2"]),
+        *cells(group, "core_attn", selective("core_attn"), ["one process", "TP2", "CP2"]),
+        *cells(group, "mlp", selective("mlp"), ["one process", "TP2", "PP2"]),
+        *cells(group, "moe", selective("moe"), ["one process", "EP2", "TP2 EP2 ETP1", "TP2 EP2 ETP2", "PP2 EP2"]),
+        *cells(group, "core_attn, mlp, moe", selective("core_attn", "mlp", "moe"), ["one process", "EP4", "PP2i"]),
+        *cells(
+            group,
+            "shared_experts",
+            selective("shared_experts"),
+            ["one process", "TP2 EP2 ETP1", "EP2"],
+            model="shared expert",
+        ),
+        *cells(group, "full with ZeRO-1, overlapped", full("uniform", 1) | OVERLAP, ["EP2 DP4"]),
+    ]
+
+
+def accumulation() -> list[Cell]:
+    """Micro-batches of one or two samples, against the whole batch of eight in one pass."""
+    flags = {"moe_aux_loss_coeff": 0.0}
+    one, two = ({**flags, "micro_batch_size": size} for size in (1, 2))
+    model = "one micro-batch"
+    return [
+        *cells("accumulation", "8 x 1", one, ["one process", "PP2", "PP2i"], model),
+        *cells("accumulation", "4 x 2", two, ["one process", "EP2", "TP2", "CP2"], model),
+        *cells("accumulation", "ZeRO-1, 4 x 2", {**one, **ZERO1}, ["EP2"], model),
+        *cells("accumulation", "ZeRO-1, overlapped, 4 x 2", {**one, **OVERLAP}, ["DP2"], model),
+    ]
+
+
+def dispatchers() -> list[Cell]:
+    """The other way for tokens to reach their experts' ranks, and the other attention."""
+    gather = {"moe_token_dispatcher_type": "allgather"}
+    layouts = ["one process", "EP2", "EP4", "ETP2", "CP2 EP2", "TP2 EP2 ETP1", "TP2 EP2 ETP2", "PP2 EP2"]
+    return [
+        *cells("dispatcher and attention", "allgather dispatcher", gather, layouts),
+        *cells(
+            "dispatcher and attention", "unfused attention", {"attention_backend": "unfused"}, ["one process", "TP2"]
+        ),
+    ]
+
+
+def sequence_parallel() -> list[Cell]:
+    """A dense model, which may go without; with experts under tensor parallelism it is always on."""
+    on, off = {"sequence_parallel": True}, {"sequence_parallel": False}
+    return [
+        *cells("sequence parallel", "off, dense", off, ["TP2", "TP2 PP2"], "dense"),
+        *cells("sequence parallel", "on, dense", on, ["TP2", "TP2 PP2"], "dense"),
+        *cells("sequence parallel", "on, asked for", on, ["TP2"]),
+    ]
+
+
+def second_model() -> list[Cell]:
+    """Rotary positions, RMSNorm, SwiGLU, grouped queries, untied embeddings, top-2 experts without biases."""
+    layouts = ["DP2", "TP2", "PP2", "PP2i", "EP4", "ETP2", "CP2", "TP2 EP2 ETP2", "TP2 PP2 EP2 ETP1", "CP2 EP2"]
+    return [
+        *cells("rotary, top-2", "", {}, layouts, "rotary"),
+        *cells("rotary, top-2", "ZeRO-1", ZERO1, ["EP2 DP4"], "rotary"),
+        *cells("rotary, top-2", "shared expert", {}, ["TP2 EP2 ETP1", "PP2 EP2"], "shared expert"),
+    ]
+
+
+def default_epsilon() -> list[Cell]:
+    """Adam as it is by default, measured by tensor."""
+    layouts = ["DP2", "TP2", "PP2i", "EP4", "CP2", "TP2 PP2 EP2 ETP1"]
+    return cells("Adam's default epsilon", "", {}, layouts, "default epsilon")
+
+
+def all_cells() -> list[Cell]:
+    """Every cell, in the order of the page."""
+    return [
+        *grid(),
+        *optimizers(),
+        *recompute(),
+        *accumulation(),
+        *dispatchers(),
+        *sequence_parallel(),
+        *second_model(),
+        *default_epsilon(),
+    ]
+
+
+REFUSED_SWITCHES: dict[str, dict[str, Any]] = {
+    "sequence parallel without tensor parallel": {"sequence_parallel": True},
+    "selective recompute of norms": selective("layernorm"),
+    "selective recompute of the experts' activation": selective("moe_act"),
+    "selective recompute of an absent shared expert": selective("shared_experts"),
+    "gathers that overlap without ZeRO-1": {"overlap_param_gather": True, "overlap_grad_reduce": True},
+    "ZeRO-1 with SGD": {**ZERO1, "optimizer": "sgd"},
+    "unfused attention under context parallelism": {"attention_backend": "unfused", CONTEXT: 2},
+}
+"""Switches that the configuration does not allow on a CPU, each with an error."""
+
+
+def refused_switches() -> dict[str, str]:
+    """The error of each."""
+    from megatron_moe.config.validate import validate
+
+    messages = {}
+    for name, flags in REFUSED_SWITCHES.items():
+        try:
+            validate(tiny_run(**flags), 2)
+        except ConfigError as error:
+            messages[name] = str(error)
+    return messages
