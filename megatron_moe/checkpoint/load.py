@@ -159,7 +159,7 @@ def _common_state(folder: Path) -> dict[str, Any]:
 def _progress(common: dict[str, Any], folder: Path) -> Progress:
     try:
         progress = Progress.from_saved(common["progress"], folder)
-        counts = [value for name, value in vars(progress).items() if name != "layout"]
+        counts = [value for name, value in vars(progress).items() if name not in ("layout", "data")]
         if not all(isinstance(count, int) and count >= 0 for count in [*counts, *progress.layout.values()]):
             raise ValueError("its progress is not in numbers")
     except DAMAGE as error:
