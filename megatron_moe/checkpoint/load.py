@@ -159,9 +159,10 @@ def _common_state(folder: Path) -> dict[str, Any]:
 def _progress(common: dict[str, Any], folder: Path) -> Progress:
     try:
         progress = Progress.from_saved(common["progress"], folder)
-        counts = [value for name, value in vars(progress).items() if name not in ("layout", "data")]
-        if not all(isinstance(count, int) and count >= 0 for count in [*counts, *progress.layout.values()]):
-            raise ValueError("its progress is not in numbers")
+        for name, value in vars(Progress()).items():
+            found = getattr(progress, name)
+            if type(found) is not type(value) or (isinstance(found, int) and found < 0):
+                raise ValueError(f"{name} is {str(found)[:40]!r}")
     except DAMAGE as error:
         raise _damaged(folder, "cannot read its progress", error) from error
     return progress
