@@ -27,6 +27,7 @@ from megatron_moe.data.sample_index import FilePart, open_index, write_index
 from megatron_moe.data.sample_stream import Sample, SampleStream, require_helpers
 from megatron_moe.data.stats import check_token_range
 from megatron_moe.data.tokenizer.load import Tokenizer
+from megatron_moe.runtime.signals import leave_signals_to_parent
 
 Batch = dict[str, torch.Tensor]
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -221,6 +222,8 @@ def build_data_iterator(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        # A stop signal that goes to all processes must not end a loader before the trainer has saved.
+        worker_init_fn=leave_signals_to_parent,
         # A generator of its own: a loader draws a seed, and must not draw it from the one that dropout uses.
         generator=torch.Generator(),
     )
