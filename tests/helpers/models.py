@@ -78,8 +78,21 @@ def shards(model: list[Any]) -> list[Shard]:
     ]
 
 
+def gather_reduced_gradients(model: list[Any]) -> None:
+    """Complete the gradients under a distributed optimizer, which reduces on each rank its own part only."""
+    for chunk in model:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                parts = list(bucket.grad_data.chunk(ranks.size()))
+                torch.distributed.all_gather(parts, parts[ranks.rank()].clone(), group=ranks)
+
+
 def gradient_shards(model: list[Any]) -> list[Shard]:
-    """The gradients this rank holds. Overwrites the weights."""
+    """The gradients this rank holds, reduced over the ranks. Overwrites the weights."""
+    gather_reduced_gradients(model)
     with torch.no_grad():
         for chunk in model:
             for parameter in chunk.parameters():
