@@ -127,5 +127,9 @@ def change_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
             old, new = len(before[name]), len(value)
         else:
             old, new = before[name], value
-        return f"{name} ({old} before, {new} now)"
+        return f"{name} ({_show(old)} before, {_show(new)} now)"
     return None
+
+
+def _show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
