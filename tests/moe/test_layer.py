@@ -70,20 +70,27 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_expert_capacity_factor": 4.0,
         "moe_pad_expert_input_to_capacity": True,
     },
+    "pyramid: the second layer's 8 experts": {"mlp_type": "residual", "num_layers": 2, "num_experts": (E, 2 * E)},
+    "pyramid, top-2, capacity": {
+        "mlp_type": "residual",
+        "num_layers": 2,
+        "num_experts": (2 * E, 2),
+        "moe_router_topk": 2,
+        "moe_expert_capacity_factor": 0.9,
+    },
     "allgather dispatcher": {"mlp_type": "residual", "moe_router_topk": 2, "moe_token_dispatcher_type": "allgather"},
 }
 
 
 def build_layer(**flags: Any) -> tuple[torch.nn.Module, Any]:
-    """The MoE layer of a one-layer model, with perturbed weights, and its run; needs started groups."""
+    """The last MoE layer of a small model, with perturbed weights, and its run; needs started groups."""
     from megatron_moe.model.gpt import build_model
     from megatron_moe.moe.layer import moe_layers
 
     run = tiny_run(**COMMON | flags)
     model = build_model(run)
     perturb(model, scale=0.3)
-    (layer,) = moe_layers(model[0])
-    return layer.train(), run
+    return moe_layers(model[0])[-1].train(), run
 
 
 def start() -> None:
@@ -140,9 +147,10 @@ def drop(routes: list[list[tuple[int, Tensor]]], run: Any) -> tuple[list[list[tu
     moe = run.moe
     if moe.moe_expert_capacity_factor is None:
         return routes, 0
-    capacity = math.ceil(T * moe.moe_router_topk / E * moe.moe_expert_capacity_factor)
+    count = moe.num_experts[-1]
+    capacity = math.ceil(T * moe.moe_router_topk / count * moe.moe_expert_capacity_factor)
     kept: set[tuple[int, int]] = set()
-    for expert in range(E):
+    for expert in range(count):
         wanting = [(place, float(weight)) for place, route in enumerate(routes) for e, weight in route if e == expert]
         if moe.moe_token_drop_policy == "probs":
             wanting.sort(key=lambda pair: -pair[1])
@@ -156,7 +164,7 @@ def naive_layer(layer: Any, run: Any, x: Tensor) -> tuple[Tensor, list[int], int
     swiglu = run.model.swiglu
     tokens = x.reshape(T, H)
     routes, dropped = drop(naive_routing(layer, run, tokens), run)
-    load = [0] * E
+    load = [0] * run.moe.num_experts[-1]
     outputs = []
     for token, route in zip(tokens, routes, strict=True):
         out = torch.zeros(H)
@@ -204,7 +212,10 @@ def compare(flags: dict[str, Any]) -> dict[str, Any]:
             errors[name] = max((float(part.abs().max()) for part in (a, b) if part is not None), default=0.0)
         else:
             errors[name] = float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
-    return {"errors": errors, "load": counters, "expected load": [*load, dropped]}
+    sizes = {
+        name: 0.0 if b is None else float(b.abs().max()) for name, b in zip(["output", *names], theirs, strict=True)
+    }
+    return {"errors": errors, "sizes": sizes, "load": counters, "expected load": [*load, dropped]}
 
 
 def compare_all() -> dict[str, dict[str, Any]]:
@@ -224,13 +235,20 @@ def test_equals_a_loop_over_tokens(name: str, compared: dict[str, dict[str, Any]
     assert result["load"] == result["expected load"]
     residual = CASES[name]["mlp_type"] == "residual"
     assert any(key.startswith("residual.") for key in result["errors"]) == residual
+    # What is compared is there: only an expert without tokens has no gradient.
+    for key, size in result["sizes"].items():
+        if "local_experts" in key:
+            expert = int(key.split("local_experts.")[1].split(".")[0])
+            assert (size > 0) == (result["load"][expert] > 0), key
+        else:
+            assert size > 1e-3, key
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("capacity") and "all tokens" not in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "capacity" in name and "all tokens" not in name])
 def test_capacity_bounds_every_expert(name: str, compared: dict[str, dict[str, Any]]) -> None:
     flags, load = CASES[name], compared[name]["load"]
-    topk = flags.get("moe_router_topk", 1)
-    capacity = math.ceil(T * topk / E * flags["moe_expert_capacity_factor"])
+    topk, count = flags.get("moe_router_topk", 1), flags.get("num_experts", (E,))[-1]
+    capacity = math.ceil(T * topk / count * flags["moe_expert_capacity_factor"])
     assert max(load[:-1]) == capacity, "no expert was full: this test proves nothing"
     assert load[-1] == T * topk - sum(load[:-1]) > 0
 
