@@ -27,3 +27,15 @@ def test_resumed_run_keeps_the_order_of_the_data(tiny_data: Path, tmp_path: Path
     run_ranks(1, train_curve, tiny_run(**flags, train_iters=6, exit_duration_in_mins=1e-9))
     shorter = run_ranks(1, train_curve, tiny_run(**flags, train_iters=4))[0]
     assert shorter.losses == whole.losses[1:4]
+
+
+def test_progress_of_another_version_is_refused() -> None:
+    """A checkpoint from before the data had one order for every number of samples holds that number."""
+    from megatron_moe.checkpoint.state import Progress
+    from megatron_moe.config.base import UserError
+
+    saved = {"step": 3, "consumed_samples": 24, "requested_samples": 80}
+    with pytest.raises(UserError, match=r"runs/a: was written by another version .*requested_samples.*--finetune"):
+        Progress.from_saved(saved, Path("runs/a"))
+    del saved["requested_samples"]
+    assert Progress.from_saved(saved, Path("runs/a")).consumed_samples == 24
