@@ -32,6 +32,8 @@ _DTYPE_OF_CODE = {
 }
 # Below this vocabulary size Megatron stores uint16 (`DType.optimal_dtype` in indexed_dataset.py).
 _UINT16_VOCABULARY = 65500
+# Sequences checked at a time: bounds memory.
+_BLOCK = 1 << 22
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -191,7 +193,10 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
         raise UserError(f"{flag} {prefix}: the pair holds no documents")
     body = np.memmap(index, mode="r", offset=_HEADER.size)
     lengths = body[: 4 * sequences].view("<i4")
-    expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+    offsets = body[4 * sequences : 12 * sequences].view("<i8")
+    document_starts = body[12 * sequences : 12 * sequences + 8 * marks].view("<i8")
+    expected = _check_columns(lengths, offsets, dtype.itemsize, f"{flag} {prefix}: {index}")
+    _check_marks(document_starts, sequences, f"{flag} {prefix}: {index}")
     found = tokens.stat().st_size
     if found != expected:
         raise UserError(
@@ -201,6 +206,30 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
     if expected == 0:
         raise UserError(f"{flag} {prefix}: the pair holds no tokens")
     return IndexedFile(prefix=str(prefix), tokens=np.memmap(tokens, dtype=dtype, mode="r"), lengths=lengths)
+
+
+def _check_columns(lengths: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], itemsize: int, where: str) -> int:
+    """Bytes that the sequences take. megatron-core reads wherever the offsets point, so they must follow from the
+    lengths."""
+    end = 0
+    for start in range(0, len(lengths), _BLOCK):
+        block = lengths[start : start + _BLOCK]
+        if int(block.min()) < 0:
+            raise UserError(f"{where} holds a negative length; it is damaged, run tools/preprocess_data.py again")
+        ends = end + np.cumsum(block, dtype=np.int64) * itemsize
+        if not np.array_equal(offsets[start : start + _BLOCK] + block.astype(np.int64) * itemsize, ends):
+            raise UserError(f"{where} has offsets that its lengths do not give; run tools/preprocess_data.py again")
+        end = int(ends[-1])
+    return end
+
+
+def _check_marks(starts: npt.NDArray[np.int64], sequences: int, where: str) -> None:
+    """Documents must begin at 0, go on in order and end with the last sequence."""
+    ordered = all(
+        bool(np.all(np.diff(starts[start : start + _BLOCK + 1]) >= 0)) for start in range(0, len(starts), _BLOCK)
+    )
+    if not len(starts) or starts[0] != 0 or starts[-1] != sequences or not ordered:
+        raise UserError(f"{where} divides its sequences into documents wrongly; run tools/preprocess_data.py again")
 
 
 def _check_exists(prefix: str | Path, flag: str) -> None:

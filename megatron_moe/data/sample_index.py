@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.indexed import IndexedFile, bin_path, idx_path
+from megatron_moe.data.safe_numpy import check_array_file
 from megatron_moe.data.tokenizer.load import Tokenizer
 
 # What numpy raises on a file that was cut short, emptied or overwritten.
@@ -116,8 +117,11 @@ def open_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path
     folder = part.index_folder(run, cache)
     try:
         for name in _ARRAYS:
-            if not list(folder.glob(f"*{name}.npy")):
+            found = list(folder.glob(f"*{name}.npy"))
+            if not found:
                 raise FileNotFoundError(f"no {name}")
+            for path in found:
+                check_array_file(path)
         dataset = _dataset(part, run, tokenizer, folder)
         if len(dataset.shuffle_index) != len(dataset):
             raise ValueError(f"{len(dataset.shuffle_index)} places for {len(dataset)} samples")
