@@ -100,6 +100,10 @@ def gradient_shards(model: list[Any]) -> list[Shard]:
     return shards(model)
 
 
+class CopiesDiffer(AssertionError):
+    """Ranks that hold the same part of a tensor hold different values."""
+
+
 def assemble(ranks: list[list[Shard]]) -> dict[str, np.ndarray]:
     """Whole tensors by checkpoint key; every element must be there, and copies on several ranks must be equal."""
     whole: dict[str, np.ndarray] = {}
@@ -109,7 +113,8 @@ def assemble(ranks: list[list[Shard]]) -> dict[str, np.ndarray]:
         place = tuple(slice(start, start + size) for start, size in zip(shard.offset, shard.values.shape, strict=True))
         there = target[place]
         known = ~np.isnan(there)
-        assert np.array_equal(there[known], shard.values[known]), f"{shard.key}: copies differ between ranks"
+        if not np.array_equal(there[known], shard.values[known]):
+            raise CopiesDiffer(f"{shard.key}: copies differ between ranks")
         target[place] = shard.values
     for key, tensor in whole.items():
         assert not np.isnan(tensor).any(), f"{key}: a part is on no rank"

@@ -1,11 +1,15 @@
-"""A pyramid-residual MoE small enough to train on four ranks in a test, and real text for it."""
+"""A pyramid-residual MoE small enough to train on four ranks in a test, and token files for it."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
+from megatron_moe.data.preprocess import Preprocessing, preprocess
+from megatron_moe.data.tokenizer.build import build_tokenizer
+from tests.data.chinese_text import documents, write_jsonl
 
 BASE: dict[str, dict[str, Any]] = {
     "model": {
@@ -34,8 +38,25 @@ def tiny_run(**flags: Any) -> RunConfig:
     return build_run(layers)
 
 
+def write_tiny_data(folder: Path) -> Path:
+    """Write `bpe.model` and the token files `train` and `valid`, of made-up Chinese text."""
+    texts = {"train": documents(200), "valid": documents(40, seed=1)}
+    return write_data(folder, texts, vocabulary=860)
+
+
+def write_data(folder: Path, texts: dict[str, list[str]], vocabulary: int) -> Path:
+    """Write a tokenizer learned from `train`, and a token file for each of the texts."""
+    folder.mkdir(exist_ok=True)
+    paths = {name: write_jsonl(folder / f"{name}.jsonl", text) for name, text in texts.items()}
+    build_tokenizer([paths["train"]], folder / "bpe", vocabulary)
+    job = Preprocessing(data=DataConfig(tokenizer_model=str(folder / "bpe.model")))
+    for name, path in paths.items():
+        preprocess([path], folder / name, job)
+    return folder
+
+
 def data_flags(folder: Path) -> dict[str, Any]:
-    """Flags for the token files that the `tiny_data` fixture wrote into `folder`."""
+    """Flags for the token files that `write_data` wrote into `folder`."""
     return {
         "train_data_path": (str(folder / "train"),),
         "valid_data_path": (str(folder / "valid"),),
