@@ -27,6 +27,12 @@ Values = dict[str, dict[str, Any]]
 
 
 _NO_WRAP = 10**9
+# A config file with every value and its help has 30 KiB. PyYAML takes a second for 100 KiB of brackets.
+_LARGEST_FILE = 256 * 1024
+_DEEPEST = 8
+_LONGEST_NUMBER = 100
+_SHOWN = 80
+_KINDS = {"int": "integer", "str": "text", "float": "number"}
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -82,10 +88,14 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> Values:
         ConfigError: the file cannot be read, is not YAML, or has an unknown key or a value of a wrong type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError(f"{path}: is larger than {_LARGEST_FILE // 1024} KiB, so it is no config file")
     return parse_values(text, str(path), sections)
 
 
@@ -120,10 +130,13 @@ def parse_values(text: str, source: str, sections: Mapping[str, type]) -> Values
         document = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}{_yaml_problem(error)}") from error
+    except (ValueError, OverflowError) as error:
+        # Of PyYAML's scanner, for characters and versions that are none.
+        raise ConfigError(f"{source}: not YAML: {_one_line(error)}") from error
     values: Values = {}
     for name, body in _mapping(document, source, "the file").items():
         if name not in sections:
-            raise ConfigError(f"{source}: {name}: unknown section; {_suggest_section(name, sections)}")
+            raise ConfigError(f"{source}: {_one_line(name)}: unknown section; {_suggest_section(name, sections)}")
         values[name] = _parse_section(body, f"{source}: {name}", sections[name])
     return values
 
@@ -135,14 +148,14 @@ def _parse_section(body: Any, source: str, section: type) -> dict[str, Any]:
         if key not in fields:
             near = nearest(str(key), fields)
             hint = f"did you mean {near}?" if near else f"the section has {', '.join(fields)}"
-            raise ConfigError(f"{source}.{key}: unknown key; {hint}")
+            raise ConfigError(f"{source}.{_one_line(key)}: unknown key; {hint}")
         spec = fields[key]
         try:
             values[key] = spec.value_from_yaml(value)
         except ValueError as error:
             legal = f"a list of {spec.legal}" if spec.many else spec.legal
             quote = " (in quotes)" if spec.legal == "text" else ""
-            shown = "null" if value is None else str(value)
+            shown = "null" if value is None else _one_line(value)
             raise ConfigError(f"{source}.{key}: {shown}: must be {legal}{quote}") from error
     return values
 
@@ -150,8 +163,14 @@ def _parse_section(body: Any, source: str, section: type) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     """PyYAML's several lines in one: where, and what."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f", line {error.problem_mark.line + 1}: {error.problem}"
-    return f": {' '.join(str(error).split())}"
+        return f", line {error.problem_mark.line + 1}: {_one_line(error.problem)}"
+    return f": {_one_line(error)}"
+
+
+def _one_line(value: Any) -> str:
+    """Something from a file, as a message can show it."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _suggest_section(name: Any, sections: Mapping[str, type]) -> str:
@@ -202,7 +221,41 @@ _Dumper.add_representer(str, _represent_text)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, but a repeated key is an error: PyYAML takes the last one without a word."""
+    """The safe loader, but a repeated key is an error: PyYAML takes the last one without a word.
+
+    A few lines of aliases can stand for gigabytes, brackets exhaust Python's stack, and a long number takes hours to
+    convert: all are errors here.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used here; write it out", mark)
+        if self._depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            kind = node.tag.rpartition(":")[2]
+            if kind in ("int", "float") and len(node.value) > _LONGEST_NUMBER:
+                problem = f"a number of {len(node.value)} characters"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            try:
+                # Half of a surrogate pair cannot be printed, nor be in a file's name.
+                node.value.encode("utf-8")
+                return super().construct_object(node, deep)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                problem = f"{_one_line(ascii(node.value))} is no {_KINDS.get(kind, kind)}"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe.config.base import ConfigError
@@ -185,6 +185,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@settings(deadline=None)
 @given(st.builds(EveryKind, **STRATEGIES))
 def test_round_trip_is_exact(section: EveryKind) -> None:
     text = dump_sections({"kinds": section})
