@@ -46,12 +46,13 @@ SAME_LAYOUT: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_LAYOUT)
 def test_same_layout_goes_on_bit_for_bit(name: str, tiny_data: Path, tmp_path: Path) -> None:
-    """Three steps, then three more from the checkpoint, against six at once; with dropout."""
+    """Three steps, then ten more from the checkpoint, against thirteen at once; with dropout."""
     world_size, layout = SAME_LAYOUT[name]
-    flags = data_flags(tiny_data) | DROPOUT | SCHEDULE | layout
-    whole = run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=6))[0]
+    flags = data_flags(tiny_data) | DROPOUT | SCHEDULE | {"lr_decay_iters": 13} | layout
+    whole = run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=13))[0]
     run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=3, save=str(tmp_path)))
-    rest = run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=6, load=str(tmp_path)))[0]
+    rest = run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=13, load=str(tmp_path)))[0]
+    assert len(rest.losses) == 10
     assert rest.losses == whole.losses[3:]
     assert rest.grad_norms == whole.grad_norms[3:]
     assert rest.loads == whole.loads[3:]
