@@ -133,7 +133,7 @@ class Saved:
     def __init__(self, folder: Path, flags: dict[str, Any], world_size: int) -> None:
         run_ranks(world_size, train_curve, tiny_run(**flags, train_iters=3, save=str(folder)))
         self.folder = folder
-        ranks = run_ranks(world_size, go_on, tiny_run(**flags, load=str(folder), train_iters=6))
+        ranks = run_ranks(world_size, go_on, tiny_run(**flags, load=str(folder), train_iters=13))
         self.weights, self.rest = assemble([rank.weights for rank in ranks]), ranks[0]
 
 
@@ -159,19 +159,22 @@ def from_sharded_optimizer(tiny_data: Path, tmp_path_factory: pytest.TempPathFac
 def test_any_layout_goes_on_from_any_other(
     name: str, source: str, tiny_data: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Weights bit for bit; three losses, of which all but the first need the optimizer's state, within 2e-5."""
+    """Weights bit for bit; ten losses, of which all but the first need the optimizer's state, within rounding.
+
+    Measured: 1.2e-7 at most, which is fp32's own step; the tolerance is some twenty times that.
+    """
     saved: Saved = request.getfixturevalue(source)
     world_size, layout = ELSEWHERE[name]
-    run = tiny_run(**data_flags(tiny_data), **CONSTANT, **layout, load=str(saved.folder), train_iters=6)
+    run = tiny_run(**data_flags(tiny_data), **CONSTANT, **layout, load=str(saved.folder), train_iters=13)
     ranks = run_ranks(world_size, go_on, run)
     weights = assemble([rank.weights for rank in ranks])
     assert set(weights) == set(saved.weights)
     for key, tensor in saved.weights.items():
         np.testing.assert_array_equal(weights[key], tensor, err_msg=key)
-    assert len(saved.rest.losses) == 3
+    assert len(saved.rest.losses) == 10
     for rank in ranks:
-        assert rank.losses == pytest.approx(saved.rest.losses, rel=2e-5)
-        assert rank.grad_norms == pytest.approx(saved.rest.grad_norms, rel=2e-4)
+        assert rank.losses == pytest.approx(saved.rest.losses, rel=2e-6)
+        assert rank.grad_norms == pytest.approx(saved.rest.grad_norms, rel=2e-5)
 
 
 @pytest.mark.slow
