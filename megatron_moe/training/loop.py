@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe.checkpoint.layout import latest_iteration
+from megatron_moe.checkpoint.layout import find_checkpoint, latest_iteration
 from megatron_moe.checkpoint.load import load_checkpoint
+from megatron_moe.checkpoint.same_tokenizer import check_same_tokenizer
 from megatron_moe.checkpoint.save import save_checkpoint
 from megatron_moe.checkpoint.state import Progress
 from megatron_moe.config.base import UserError
@@ -65,6 +66,8 @@ class Trainer:
         steps = total_steps(run, schedule)
         resume = _resume_from(run)
         _check_save_folder(run, resume)
+        if resume:
+            check_same_tokenizer(run.data, tokenizer, find_checkpoint(run.checkpoint.load or ""))
         # Data before the model: a wrong path is found in a second, not after the weights are drawn.
         validation = run.training.eval_iters > 0 and run.training.eval_interval > 0
         datasets = build_datasets(run, tokenizer, train=True, valid=validation)

@@ -18,6 +18,13 @@ from megatron_moe.data.tokenizer.build import END_OF_DOCUMENT
 # In a checkpoint: says which kind lies beside it.
 _DESCRIPTION = "megatron_moe_tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+# What stands in a description, by kind.
+_SAVED_AS: dict[str, tuple[str | None, ...]] = {
+    "SentencePieceTokenizer": (_SENTENCEPIECE_FILE,),
+    "HuggingFaceTokenizer": (".",),
+    "NullTokenizer": (None,),
+}
+_LONGEST_DESCRIPTION = 1 << 16
 # U+2581 stands for the space inside SentencePiece, so text that holds one must spell it in bytes to get it
 # back.
 _SPACE_MARK = "\u2581"
@@ -71,12 +78,14 @@ class SentencePieceTokenizer:
         self._model = model.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except RuntimeError as error:
-            raise UserError(f"--tokenizer-model {model}: not a SentencePiece model") from error
-        self.vocab_size: int = self._processor.get_piece_size()
+            self.vocab_size: int = self._processor.get_piece_size()
+            # A damaged file can load and fail later: pieces that are no UTF-8, scores that are no numbers.
+            self._processor.decode(self._processor.encode(" ".join(self.pieces[-100:])))
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise UserError(f"--tokenizer-model {model}: not a SentencePiece model, or damaged") from error
         named = self._processor.piece_to_id(END_OF_DOCUMENT)
         self.eod: int = named if named != self._processor.unk_id() else self._processor.eos_id()
-        if self.eod < 0:
+        if not 0 <= self.eod < self.vocab_size:
             raise UserError(f"--tokenizer-model {model}: has no {END_OF_DOCUMENT} and no end-of-sentence piece")
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._can_spell_mark = self._processor.unk_id() not in self._mark_ids
@@ -114,7 +123,8 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A folder (or `tokenizer.json`) that transformers' `AutoTokenizer` reads; nothing is downloaded.
+    """A folder (or `tokenizer.json`) that transformers' `AutoTokenizer` reads; nothing is downloaded, and no code of
+    the folder is run.
 
     Raises:
         UserError: the folder holds no tokenizer, or one without an end-of-text symbol.
@@ -126,17 +136,29 @@ class HuggingFaceTokenizer:
 
         source = folder if folder.is_dir() else folder.parent
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            # Without the False transformers asks on the terminal whether to run code that the folder names.
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            # Text that spells a special symbol must not become one.
+            self._tokenizer.split_special_tokens = True
+            self.vocab_size: int = len(self._tokenizer)
+            vocabulary = self._tokenizer.get_vocab()
+            eod = vocabulary.get(END_OF_DOCUMENT, self._tokenizer.eos_token_id)
+            highest = max(vocabulary.values(), default=-1)
+            # Damage may show only in use.
+            self.decode(self.encode("a \u4e2d")[:1])
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException as error:
+            # transformers raises whatever a wrong value leads to; a panic of its Rust library is no Exception.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"--tokenizer-model {folder}: transformers cannot load a tokenizer: {reason}") from error
-        # Text that spells a special symbol must not become one.
-        self._tokenizer.split_special_tokens = True
-        self.vocab_size: int = len(self._tokenizer)
-        vocabulary = self._tokenizer.get_vocab()
-        eod = vocabulary.get(END_OF_DOCUMENT, self._tokenizer.eos_token_id)
         if eod is None:
             raise UserError(f"--tokenizer-model {folder}: has no {END_OF_DOCUMENT} and no eos_token")
+        if not 0 <= highest < self.vocab_size or not 0 <= eod < self.vocab_size:
+            raise UserError(
+                f"--tokenizer-model {folder}: has {self.vocab_size} pieces, but ids to {max(highest, eod)}; they must "
+                "follow each other from 0"
+            )
         self.eod: int = eod
 
     @cached_property
@@ -243,13 +265,21 @@ def load_saved_tokenizer(directory: Path) -> Tokenizer:
     description = directory / _DESCRIPTION
     if not description.is_file():
         raise UserError(f"{directory}: holds no tokenizer ({_DESCRIPTION} is missing); give --tokenizer-model")
-    saved = json.loads(description.read_text(encoding="utf-8"))
-    model = saved.get("tokenizer_model")
-    data = DataConfig(
-        tokenizer_type=saved["tokenizer_type"],
-        tokenizer_model=None if model is None else str(directory / model),
-    )
-    return load_tokenizer(data, saved.get("vocab_size"))
+    try:
+        saved = json.loads(description.read_bytes()[:_LONGEST_DESCRIPTION])
+        kind, model, vocab_size = saved["tokenizer_type"], saved.get("tokenizer_model"), saved.get("vocab_size")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{description}: damaged, does not say which tokenizer lies beside it ({reason})") from error
+    # Only what `save_to` writes: a path could lead out of the folder.
+    if model not in _SAVED_AS.get(kind if isinstance(kind, str) else "", ()):
+        raise UserError(
+            f"{description}: names {str(model)[:80]!r} of type {str(kind)[:80]!r}, which is not saved there"
+        )
+    if vocab_size is not None and (type(vocab_size) is not int or not 0 < vocab_size < 2**31):
+        raise UserError(f"{description}: vocab_size is {str(vocab_size)[:80]!r}, no number of ids")
+    data = DataConfig(tokenizer_type=kind, tokenizer_model=None if model is None else str(directory / model))
+    return load_tokenizer(data, vocab_size)
 
 
 def with_vocab_size(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
