@@ -91,6 +91,7 @@ def test_config_files(tmp_path: Path) -> None:
 def fuzz_files(guard: Guard, folder: Path) -> None:
     valid = dump_run(tiny_run()).encode()
     path = folder / "config.yaml"
+    guard.limit_memory()
     accepted: list[RunConfig] = []
 
     @examples(150)
@@ -120,6 +121,7 @@ def test_command_lines(tmp_path: Path) -> None:
 
 
 def fuzz_flags(guard: Guard, folder: Path) -> None:
+    guard.limit_memory()
     names = st.sampled_from(["--" + field.replace("_", "-") for _, field in FIELDS])
     word = st.one_of(
         names,

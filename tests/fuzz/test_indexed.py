@@ -77,6 +77,8 @@ def test_damaged_pairs(tmp_path: Path) -> None:
 def fuzz_pairs(guard: Guard, folder: Path) -> None:
     tokens, index = write_pair(folder / "good")
     prefix = folder / "pair"
+    train_on(folder / "good", folder / "cache")
+    guard.limit_memory()
     accepted: list[bytes] = []
     bins = st.one_of(st.none(), st.none(), st.none(), st.just(tokens), damaged(tokens, header=len(tokens)))
 

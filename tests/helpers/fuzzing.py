@@ -112,6 +112,12 @@ class Guard:
     def __init__(self, note: Path) -> None:
         self._note = note
 
+    def limit_memory(self, megabytes: int = 700) -> None:
+        """From here on the process may take so much more; called once everything is imported."""
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + megabytes * (1 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
     def start(self, example: bytes | str) -> None:
         """The next example begins."""
         self._note.write_bytes(example if isinstance(example, bytes) else example.encode("utf-8", "surrogatepass"))
@@ -119,8 +125,8 @@ class Guard:
         signal.alarm(EXAMPLE_SECONDS)
 
 
-def in_child(function: Callable[..., None], folder: Path, *args: Any, megabytes: int = 700) -> None:
-    """Run a fuzz test `function(guard, folder, *args)` in a process of its own, with an end to its memory.
+def in_child(function: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Run a fuzz test `function(guard, folder, *args)` in a process of its own, which may crash.
 
     Raises:
         AssertionError: it failed, crashed, or an example took too long; the message names the example.
@@ -129,7 +135,7 @@ def in_child(function: Callable[..., None], folder: Path, *args: Any, megabytes:
     context.set_forkserver_preload(["tests.helpers.preload"])
     ours, theirs = context.Pipe()
     note = folder / "example"
-    process = context.Process(target=_child, args=(theirs, function, folder, note, megabytes, args))
+    process = context.Process(target=_child, args=(theirs, function, folder, note, args))
     process.start()
     theirs.close()
     try:
@@ -149,13 +155,9 @@ def _child(
     function: Callable[..., None],
     folder: Path,
     note: Path,
-    megabytes: int,
     args: tuple[Any, ...],
 ) -> None:
     os.chdir(folder)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + megabytes * (1 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Messages of third parties, one an example.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
