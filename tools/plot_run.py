@@ -8,19 +8,19 @@ ones more.
 Needs matplotlib: pip install matplotlib
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.rows import Row, counts, number, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,56 +53,35 @@ class LayerLoad:
         return steps, even.T
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line without its newline is still being written and is left
-    out.
+def series(entries: list[Row], key: str, path: Path = Path("metrics.jsonl")) -> tuple[list[int], list[float]]:
+    """Steps and values of a key in order; of a step that a resumed run logged again the later line counts.
 
     Raises:
-        UserError: the file is missing, or a line is not a JSON object.
+        UserError: a value is no number.
     """
-    if not path.is_file():
-        raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save directory of a training run")
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error.msg})") from error
-        if not isinstance(entry, dict) or "step" not in entry:
-            raise UserError(f"{path} line {number}: expected an object with the field 'step'")
-        entries.append(entry)
-    return entries
-
-
-def series(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a key in order; of a step that a resumed run logged again the later line counts."""
-    values = {int(entry["step"]): float(entry[key]) for entry in entries if entry.get(key) is not None}
+    values = {entry["step"]: number(entry[key], key, path) for entry in entries if entry.get(key) is not None}
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
 
-def loads_by_layer(entries: list[dict[str, Any]], path: Path) -> dict[int, LayerLoad]:
+def loads_by_layer(entries: list[Row], path: Path) -> dict[int, LayerLoad]:
     """Expert load per MoE layer, in the order of the layers.
 
     Raises:
         UserError: a line lacks a field, or a layer's number of experts changes.
     """
     layers: dict[int, LayerLoad] = {}
-    for number, entry in enumerate(entries, start=1):
-        if "layer" not in entry or not entry.get("tokens"):
-            raise UserError(f"{path} line {number}: expected the fields 'step', 'layer' and 'tokens'")
-        load = layers.setdefault(int(entry["layer"]), LayerLoad())
-        if load.counts and len(next(iter(load.counts.values()))) != len(entry["tokens"]):
-            raise UserError(f"{path} line {number}: layer {entry['layer']} has another number of experts than before")
-        load.counts[int(entry["step"])] = entry["tokens"]
-        load.dropped[int(entry["step"])] = float(entry.get("dropped") or 0)
+    for line, entry in enumerate(entries, start=1):
+        layer, tokens = counts(entry, f"{path} line {line}")
+        load = layers.setdefault(layer, LayerLoad())
+        if load.counts and len(next(iter(load.counts.values()))) != len(tokens):
+            raise UserError(f"{path} line {line}: layer {layer} has another number of experts than before")
+        load.counts[entry["step"]] = tokens
+        load.dropped[entry["step"]] = number(entry.get("dropped") or 0, "dropped", f"{path} line {line}")
     return dict(sorted(layers.items()))
 
 
-def draw(
-    metrics: list[dict[str, Any]], layers: dict[int, LayerLoad], title: str, unigram_entropy: float | None
-) -> "Figure":
+def draw(metrics: list[Row], layers: dict[int, LayerLoad], title: str, unigram_entropy: float | None) -> "Figure":
     """The whole picture."""
     from matplotlib.figure import Figure
 
@@ -118,7 +97,7 @@ def draw(
     return figure
 
 
-def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], unigram_entropy: float | None) -> None:
+def _draw_loss(axes: "Axes", metrics: list[Row], unigram_entropy: float | None) -> None:
     steps, losses = series(metrics, "lm_loss")
     with_trend = len(steps) >= _TREND_FROM_POINTS
     axes.plot(steps, losses, color=_TRAIN if with_trend else _TREND, linewidth=1.2, label="training")
@@ -157,13 +136,18 @@ def _running_mean(values: list[float], radius: int) -> npt.NDArray[np.float64]:
     """[N] mean of up to `radius` neighbours on both sides.
 
     At the start it takes as many after a point as before it, since the loss falls steeply there; at the end
-    it takes what there is, so that the last point is no noisier than the others.
+    it takes what there is, so that the last point is no noisier than the others. Losses that are not finite, of
+    steps that were skipped, do not count.
     """
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    known = np.concatenate([[0], np.cumsum(finite)])
     position = np.arange(len(values))
     before = np.minimum(position, max(1, radius))
     after = np.minimum(before, len(values) - 1 - position)
-    return (sums[position + after + 1] - sums[position - before]) / (before + after + 1)
+    within = known[position + after + 1] - known[position - before]
+    total = sums[position + after + 1] - sums[position - before]
+    return np.divide(total, within, out=np.full(len(values), np.nan), where=within > 0)
 
 
 def _draw_loads(part: "SubFigure", layers: dict[int, LayerLoad], rows: int, columns: int) -> None:
@@ -226,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise UserError("plot_run needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
-    metrics = read_lines(args.run / "metrics.jsonl")
+    metrics = read_rows(args.run / "metrics.jsonl")
     if not series(metrics, "lm_loss")[0]:
         raise UserError(f"{args.run / 'metrics.jsonl'}: no line has an lm_loss; has the run made a step yet?")
     loads_path = args.run / "expert_load.jsonl"
-    layers = loads_by_layer(read_lines(loads_path), loads_path) if loads_path.exists() else {}
+    layers = loads_by_layer(read_rows(loads_path), loads_path) if loads_path.exists() else {}
     figure = draw(metrics, layers, args.run.resolve().name, args.unigram_entropy)
     temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
     try:

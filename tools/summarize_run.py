@@ -9,14 +9,13 @@ token frequencies of the training text reach there, which is what can be learned
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.rows import Row, counts, number, read_rows
 from megatron_moe.data.stats import unigram_cross_entropy, unigram_entropy
 from megatron_moe.data.tokenizer.load import load_tokenizer
 
@@ -31,17 +30,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_tool_args(argv)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if not path.exists():
-        raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save folder of a run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def summarize(run: Path, entropy: float, learned: float) -> tuple[list[str], float]:
     """Lines about a run, and the loss of its last evaluation.
 
@@ -53,30 +41,38 @@ def summarize(run: Path, entropy: float, learned: float) -> tuple[list[str], flo
     Raises:
         UserError: the run has no metrics or was never evaluated.
     """
-    rows = read_rows(run / "metrics.jsonl")
+    path = run / "metrics.jsonl"
+    rows = read_rows(path)
     steps = [row for row in rows if "lm_loss" in row]
     evaluations = [row for row in rows if "eval_lm_loss" in row]
     if not steps or not evaluations:
         raise UserError(f"--run {run}: was not evaluated; train with --eval-interval")
+
+    def value(row: Row, key: str) -> float:
+        return number(row.get(key), f"{key} of step {row['step']}", path)
+
     first, last, held = steps[0], steps[-1], evaluations[-1]
     # Only every --log-interval-th step has a row.
-    minutes = sum(row["step_seconds"] for row in steps) / len(steps) * last["step"] / 60
-    speeds = sorted(row["tokens_per_second"] for row in steps)
+    minutes = sum(value(row, "step_seconds") for row in steps) / len(steps) * last["step"] / 60
+    speeds = sorted(value(row, "tokens_per_second") for row in steps)
+    loss = value(held, "eval_lm_loss")
     lines = [
-        f"steps            {last['step']}, {last['consumed_tokens']:,} tokens in about {minutes:.1f} minutes "
+        f"steps            {last['step']}, {value(last, 'consumed_tokens'):,.0f} tokens in about {minutes:.1f} minutes "
         f"(median {speeds[len(speeds) // 2]:,.0f} tokens/s)",
-        f"training loss    {first['lm_loss']:.3f} at step {first['step']} -> {last['lm_loss']:.3f} at the last",
-        f"held-out loss    {held['eval_lm_loss']:.3f} nats per token, perplexity {held['eval_perplexity']:.1f}",
+        f"training loss    {value(first, 'lm_loss'):.3f} at step {first['step']} -> "
+        f"{value(last, 'lm_loss'):.3f} at the last",
+        f"held-out loss    {loss:.3f} nats per token, perplexity {value(held, 'eval_perplexity'):.1f}",
         f"without context  {entropy:.3f} nats per token (unigram entropy of the held-out text; {learned:.3f} by the "
         "training text's frequencies)",
-        f"below it by      {entropy - held['eval_lm_loss']:.3f} nats",
+        f"below it by      {entropy - loss:.3f} nats",
     ]
-    for load in read_rows(run / "expert_load.jsonl"):
+    path_of_loads = run / "expert_load.jsonl"
+    for line, load in enumerate(read_rows(path_of_loads), start=1):
         if load["step"] == last["step"]:
-            tokens = load["tokens"]
+            layer, tokens = counts(load, f"{path_of_loads} line {line}")
             shares = " ".join(f"{count / max(1, sum(tokens)):.0%}" for count in tokens)
-            lines.append(f"experts, layer {load['layer']:<2} {len(tokens)}: {shares} of the last step's tokens")
-    return lines, held["eval_lm_loss"]
+            lines.append(f"experts, layer {layer:<2} {len(tokens)}: {shares} of the last step's tokens")
+    return lines, loss
 
 
 def main(argv: Sequence[str] | None) -> None:

@@ -5,6 +5,7 @@ names the newest one after that. No torch here.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 UNFINISHED = ".unfinished"
+_LONGEST_NUMBER = 20
+_NAME = re.compile(r"iter_[0-9]{7,}")
 
 
 def checkpoint_folder(run_dir: str | Path, iteration: int) -> Path:
@@ -30,9 +33,14 @@ def latest_iteration(run_dir: str | Path) -> int | None:
     path = Path(run_dir) / LATEST_FILE
     if not path.exists():
         return None
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise UserError(f"{path}: holds {text!r}, expected the number of a step")
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_LONGEST_NUMBER + 1).strip().decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    # isdigit alone takes other scripts' digits and superscripts.
+    if not (text.isascii() and text.isdigit()) or len(text) > _LONGEST_NUMBER:
+        raise UserError(f"{path}: holds {text[:40]!r}, expected the number of a step")
     iteration = int(text)
     if not checkpoint_folder(run_dir, iteration).is_dir():
         raise UserError(
@@ -81,7 +89,7 @@ def prune(run_dir: str | Path, keep_last: int) -> list[Path]:
     """
     latest = latest_iteration(run_dir)
     folders = sorted(
-        (path for path in Path(run_dir).glob("iter_*") if path.suffix != UNFINISHED and path.is_dir()),
+        (path for path in Path(run_dir).glob("iter_*") if _NAME.fullmatch(path.name) and path.is_dir()),
         key=lambda path: (latest is None or _step(path) <= latest, _step(path)),
     )
     doomed = folders[:-keep_last]

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def iterate_lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
     """
     try:
         yield from stream
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path}: cannot read it to the end: {error}") from error
 
 
@@ -72,6 +73,8 @@ def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[st
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: holds a number of more digits than can be read") from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply; expected an object with {expected}") from error
     if not isinstance(entry, dict):

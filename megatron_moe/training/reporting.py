@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.rows import parse_row
 from megatron_moe.moe.metrics import LayerLoad
 
 METRICS_FILE = "metrics.jsonl"
@@ -168,12 +169,12 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n") or parse_row(line, path, number)["step"] > step:
             break
         kept.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
 
 

@@ -87,7 +87,7 @@ def test_smoothing_keeps_a_line_straight_and_its_start() -> None:
 def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "lm_loss": 2.0}\n{"step": 2, "lm_l', encoding="utf-8")
-    assert plot_run.read_lines(path) == [{"step": 1, "lm_loss": 2.0}]
+    assert plot_run.read_rows(path) == [{"step": 1, "lm_loss": 2.0}]
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

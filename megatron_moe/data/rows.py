@@ -1,0 +1,66 @@
+"""Reads the rows of metrics.jsonl and expert_load.jsonl, with errors that name file and line. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.base import UserError
+from megatron_moe.data.documents import parse_object
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a run's file; a last line without its newline is still being written and is left out.
+
+    Raises:
+        UserError: there is no such file, or a line is no row.
+    """
+    try:
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save folder of a run") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return [parse_row(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def parse_row(line: bytes, path: Path, number: int) -> Row:
+    """One row: an object that says which step it is of.
+
+    Raises:
+        UserError: it is something else; `path` and `number` name the line.
+    """
+    row = parse_object(line, "the field 'step'", path, number)
+    step = row.get("step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise UserError(f"{path} line {number}: expected the number of a step in 'step', got {str(step)[:40]!r}")
+    return row
+
+
+def number(value: Any, name: str, where: str | Path) -> float:
+    """A value of a row as a number; NaN is one.
+
+    Raises:
+        UserError: it is something else, or too large for a float.
+    """
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise UserError(f"{where}: {name} is {str(value)[:40]!r}, expected a number")
+
+
+def counts(row: Row, where: str) -> tuple[int, list[float]]:
+    """Layer and tokens per expert of a row of expert_load.jsonl; `where` names it in errors.
+
+    Raises:
+        UserError: it lacks them, or they are no numbers.
+    """
+    layer, tokens = row.get("layer"), row.get("tokens")
+    if type(layer) is not int or not 0 <= layer < 2**31 or not isinstance(tokens, list) or not tokens:
+        raise UserError(f"{where}: expected the fields 'step', 'layer' and 'tokens'")
+    numbers = [number(count, "a count of 'tokens'", where) for count in tokens]
+    if not all(0 <= count < 2**53 for count in numbers):
+        raise UserError(f"{where}: 'tokens' holds what is no number of tokens")
+    return layer, numbers
