@@ -21,7 +21,9 @@ class RankFailure(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
-def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> list[T]:
+def run_ranks[T](
+    world_size: int, function: Callable[..., T], *args: Any, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[T]:
     """Run `function(*args)` on `world_size` ranks and return their results in rank order.
 
     The function starts its process groups itself (`megatron_moe.runtime.distributed.start`), as an entry point does;
@@ -41,7 +43,7 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any) -> lis
         theirs.close()
         ranks.append((process, ours))
     try:
-        return [_result(rank, connection) for rank, (_, connection) in enumerate(ranks)]
+        return [_result(rank, connection, timeout_seconds) for rank, (_, connection) in enumerate(ranks)]
     finally:
         for process, ours in ranks:
             ours.close()
@@ -86,9 +88,9 @@ def _run_rank(
     os._exit(0)
 
 
-def _result(rank: int, connection: Connection) -> Any:
-    if not connection.poll(TIMEOUT_SECONDS):
-        raise RankFailure(f"rank {rank} gave no answer within {TIMEOUT_SECONDS} s")
+def _result(rank: int, connection: Connection, timeout_seconds: float) -> Any:
+    if not connection.poll(timeout_seconds):
+        raise RankFailure(f"rank {rank} gave no answer within {timeout_seconds:g} s")
     try:
         succeeded, answer = connection.recv()
     except EOFError as error:
