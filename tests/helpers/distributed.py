@@ -6,7 +6,6 @@ ranks costs about a second to start rather than ten.
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -33,8 +32,12 @@ def run_ranks[T](
     Raises:
         RankFailure: a rank raised or died.
     """
+    from torch.distributed import TCPStore
+
     CONTEXT.set_forkserver_preload(PRELOADED)
-    port = free_port()
+    # Hosted here, as torchrun's agent does: a port that is free now may be taken when a rank comes to bind it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+    port = store.port if store is not None else 0
     ranks = []
     for rank in range(world_size):
         ours, theirs = CONTEXT.Pipe()
@@ -51,13 +54,8 @@ def run_ranks[T](
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        # Kept until no rank can ask it any more.
+        del store
 
 
 def _run_rank(
@@ -74,6 +72,7 @@ def _run_rank(
             LOCAL_WORLD_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
     try:
         answer = (True, function(*args))
