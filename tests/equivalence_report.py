@@ -4,7 +4,7 @@
     python tests/equivalence_report.py --output docs/equivalence.md
     python tests/equivalence_report.py --only grid --only recompute
 
-About six minutes on two cores. Without --output the tables are printed only. The command fails if a cell is outside its
+About ten minutes on two cores. Without --output the tables are printed only. The command fails if a cell is outside its
 tolerance, a fault is not found, or a curve in bf16 leaves its band. What `--only` names: grid, the switches' groups,
 faults, band.
 """
