@@ -5,6 +5,7 @@ A section is a frozen dataclass whose fields are flags. The string literal under
 """
 
 import ast
+import errno
 import inspect
 import textwrap
 from functools import cache
@@ -21,6 +22,12 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """An illegal flag or an illegal combination of flags."""
+
+
+def disk_error(where: str, error: OSError) -> UserError:
+    """What to say of a file that cannot be written: `where` names the flag or the file."""
+    cure = "; make room, then start again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return UserError(f"{where}: cannot be written: {error.strerror or error}{cure}")
 
 
 def flag_name(field_name: str) -> str:

@@ -11,6 +11,7 @@ throughout:
 Here a document is one sequence, so D = S + 1. A prefix is the common path of both files without an ending.
 """
 
+import contextlib
 import os
 import struct
 from array import array
@@ -22,7 +23,7 @@ from typing import BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import UserError, disk_error
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -90,7 +91,10 @@ class IndexedWriter:
             raise ValueError(
                 f"expected {int(lengths.sum())} tokens of {self._dtype}, got {tokens.size} of {tokens.dtype}"
             )
-        self._stream.write(tokens.tobytes())
+        try:
+            self._stream.write(tokens.tobytes())
+        except OSError as error:
+            raise disk_error(str(bin_path(self._prefix)), error) from error
         self._lengths.extend(lengths.tolist())
 
     def close(self) -> None:
@@ -128,8 +132,12 @@ class IndexedWriter:
         try:
             if kind is None:
                 self.close()
+        except OSError as problem:
+            raise disk_error(str(bin_path(self._prefix)), problem) from problem
         finally:
-            self._stream.close()
+            # Closing tries once more what a failed write has left in the buffer.
+            with contextlib.suppress(OSError):
+                self._stream.close()
             self._bin_tmp.unlink(missing_ok=True)
             self._idx_tmp.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import UserError, disk_error
 
 
 def check_output(output: str, *inputs: str) -> None:
@@ -34,7 +34,11 @@ def check_output(output: str, *inputs: str) -> None:
 
 
 def write_text(output: str, lines: Iterable[str]) -> None:
-    """Write lines, each with its newline, all or nothing; an earlier file of that name stays until then."""
+    """Write lines, each with its newline, all or nothing; an earlier file of that name stays until then.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
+    """
     path = Path(output)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,6 +47,8 @@ def write_text(output: str, lines: Iterable[str]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise disk_error(f"--output {output}", error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

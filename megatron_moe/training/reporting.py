@@ -3,6 +3,7 @@
 Only rank 0 writes. A resumed run cuts the files back to the step it resumes from, so no step appears twice.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_moe.config.base import ConfigError
+from megatron_moe.config.base import ConfigError, disk_error
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.rows import parse_row
 from megatron_moe.moe.metrics import LayerLoad
@@ -101,8 +102,14 @@ class Reporter:
         if file is not None:
             # JSON knows no NaN: readers other than Python's would refuse the file.
             finite = {name: None if _is_nonfinite(value) else value for name, value in row.items()}
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-            file.flush()
+            try:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+                file.flush()
+            except OSError as error:
+                # Closing tries once more what is left in its buffer; what went wrong is said below.
+                with contextlib.suppress(OSError):
+                    file.close()
+                raise disk_error(f"--save: {file.name}", error) from error
 
     def _scalars(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
         step = metrics["step"]
