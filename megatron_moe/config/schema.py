@@ -48,7 +48,7 @@ class FieldSpec:
         words = {
             bool: ("true or false", "true or false"),
             int: ("an integer", "integers"),
-            float: ("a number", "numbers"),
+            float: ("a finite number", "finite numbers"),
             str: ("text", "text"),
         }
         return words[self.scalar][self.many]

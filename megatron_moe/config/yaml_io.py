@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megatron_moe.config.base import ConfigError
+from megatron_moe.config.base import ConfigError, disk_error
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.schema import nearest, run_sections, section_fields
 
@@ -60,8 +60,15 @@ def build_run(*layers: Values) -> RunConfig:
 
 
 def save_run(run: RunConfig, path: str | Path) -> None:
-    """Write every value of a run, reusable with --config."""
-    Path(path).write_text(dump_run(run), encoding="utf-8")
+    """Write every value of a run, reusable with --config.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
+    """
+    try:
+        Path(path).write_text(dump_run(run), encoding="utf-8")
+    except OSError as error:
+        raise disk_error(str(path), error) from error
 
 
 def dump_run(run: RunConfig) -> str:

@@ -43,10 +43,13 @@ class Reporter:
             return
         if run.checkpoint.save is not None:
             folder = Path(run.checkpoint.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS_FILE, LOAD_FILE):
-                truncate_after(folder / name, first_step)
-                self._files[name] = (folder / name).open("a", encoding="utf-8")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for name in (METRICS_FILE, LOAD_FILE):
+                    truncate_after(folder / name, first_step)
+                    self._files[name] = (folder / name).open("a", encoding="utf-8")
+            except OSError as error:
+                raise disk_error(f"--save {folder}", error) from error
             if run.logging.tensorboard:
                 # Importing TensorBoard takes a second; runs without a directory do not need it.
                 from torch.utils.tensorboard import SummaryWriter
@@ -109,7 +112,7 @@ class Reporter:
                 # Closing tries once more what is left in its buffer; what went wrong is said below.
                 with contextlib.suppress(OSError):
                     file.close()
-                raise disk_error(f"--save: {file.name}", error) from error
+                raise disk_error(file.name, error) from error
 
     def _scalars(self, metrics: dict[str, Any], extra: dict[str, float]) -> None:
         step = metrics["step"]

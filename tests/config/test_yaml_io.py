@@ -74,9 +74,9 @@ def test_later_layers_win_field_by_field() -> None:
         ("model: {num_layers: '3'}", "a.yaml: model.num_layers: 3: must be an integer"),
         ("model: {num_layers: null}", "a.yaml: model.num_layers: null: must be an integer"),
         ("model: {swiglu: 1}", "a.yaml: model.swiglu: 1: must be true or false"),
-        ("model: {norm_epsilon: small}", "a.yaml: model.norm_epsilon: small: must be a number"),
-        ("model: {norm_epsilon: .nan}", "a.yaml: model.norm_epsilon: nan: must be a number"),
-        ("model: {norm_epsilon: true}", "a.yaml: model.norm_epsilon: True: must be a number"),
+        ("model: {norm_epsilon: small}", "a.yaml: model.norm_epsilon: small: must be a finite number"),
+        ("model: {norm_epsilon: .nan}", "a.yaml: model.norm_epsilon: nan: must be a finite number"),
+        ("model: {norm_epsilon: true}", "a.yaml: model.norm_epsilon: True: must be a finite number"),
         (
             "model: {normalization: Norm}",
             "a.yaml: model.normalization: Norm: must be one of LayerNorm, RMSNorm",
