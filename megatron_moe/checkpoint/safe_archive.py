@@ -1,7 +1,8 @@
 """Loads what `torch.save` wrote, after checking that the archive holds no more than plain tensors and values.
 
 `torch.load(weights_only=True)` runs no code of a file, but it believes what the file announces: a zip bomb, or the
-call `bytearray(10**12)`, costs all memory. So the archive's table of contents and its pickle are checked before.
+call `bytearray(10**12)`, costs all memory. So the archive's table of contents and its pickle are checked before, and
+the checksum of every storage.
 """
 
 import io
@@ -98,6 +99,9 @@ def _check(part: FileSlice | io.BytesIO, source: str) -> None:
             pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
             if len(pickles) != 1:
                 raise UserError(f"{source}: damaged (no data.pkl in it)")
+            # torch writes checksums and does not look at them: a flipped bit would become a weight.
+            if (wrong := archive.testzip()) is not None:
+                raise UserError(f"{source}: damaged (checksum of {wrong} differs)")
             content = archive.read(pickles[0])
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{source}: damaged ({str(error)[:120]})") from error

@@ -6,11 +6,13 @@ Three of upstream's ways to read are replaced: `.metadata` is pickle.load in tor
 """
 
 import io
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -109,6 +111,14 @@ def check_folder(folder: Path) -> None:
     if legacy.exists():
         raise UserError(f"{legacy}: no checkpoint of this program holds such a file; remove it, or give another --load")
     read_metadata(folder)
+    config = folder / CONFIG_FNAME
+    try:
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise UserError(f"{config}: damaged, holds no description of a checkpoint")
+    except OSError as error:
+        raise UserError(f"{config}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config}: damaged, not JSON ({str(error)[:80]})") from error
 
 
 def user_error(error: BaseException) -> UserError | None:

@@ -135,7 +135,10 @@ class _Builder:
             raise _Wrong(f"{index.fqn[:80]!r} is stored transformed, which this program does not do")
         held = self._file_size(name)
         if offset + length > held:
-            raise _Wrong(f"{index.fqn[:80]!r} is said to end at byte {offset + length} of {name}, which holds {held}")
+            raise UserError(
+                f"{self._folder / name}: cut short, or .metadata beside it is damaged: {index.fqn[:80]!r} is said "
+                f"to end at byte {offset + length}, it holds {held}"
+            )
         return _StorageInfo(name, offset, length)
 
     def _file_size(self, name: str) -> int:
@@ -143,7 +146,10 @@ class _Builder:
             try:
                 self._sizes[name] = os.stat(self._folder / name).st_size
             except OSError as error:
-                raise _Wrong(f"{name[:80]} is missing beside it ({error.strerror})") from error
+                raise UserError(
+                    f"{self._folder / name[:80]}: {error.strerror}; .metadata beside it names it as a part of the "
+                    "checkpoint"
+                ) from error
         return self._sizes[name]
 
     def _tensor(self, key: str, record: Any, storage: dict[MetadataIndex, _StorageInfo]) -> TensorStorageMetadata:

@@ -1,8 +1,10 @@
 """Checkpoints on disk: whole or invisible, pruned in order, and refused with one clear line when they do not fit."""
 
+import itertools
 import os
 import shutil
 import signal
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -220,18 +222,34 @@ def test_latest_file_that_leads_nowhere(text: str, message: str, saved: Path, ti
     assert message in refused(folder, tiny_data, save=str(folder))
 
 
-@pytest.mark.parametrize("damaged", [".metadata", "*.distcp", "metadata.json", "config.yaml"])
-@pytest.mark.parametrize("how", ["cut", "gone"])
-def test_damaged_file(damaged: str, how: str, saved: Path, tiny_data: Path, tmp_path: Path) -> None:
+def flip_a_bit(file: Path) -> None:
+    """In the first number of the first tensor: `.distcp` files are zip archives one behind the other."""
+    data = bytearray(file.read_bytes())
+    header = data.index(b"/data/0") - data[: data.index(b"/data/0")][::-1].index(b"\x04\x03KP") - 4
+    name, extra = struct.unpack_from("<HH", data, header + 26)
+    data[header + 30 + name + extra] ^= 0x40
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "how"),
+    [
+        *itertools.product((".metadata", "*.distcp", "metadata.json", "config.yaml"), ("cut", "gone")),
+        ("*.distcp", "flipped"),
+    ],
+)
+def test_damaged_file_is_named(damaged: str, how: str, saved: Path, tiny_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     (file, *_) = sorted((folder / "iter_0000001").glob(damaged))
     if how == "gone":
         file.unlink()
+    elif how == "flipped":
+        flip_a_bit(file)
     elif damaged == "config.yaml":
         file.write_bytes(b"model: [")
     else:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     message = refused(folder, tiny_data)
-    assert "iter_0000001" in message
+    assert str(file) in message, message
     assert len(message) < 500
