@@ -1,11 +1,21 @@
-"""Every cell of docs/equivalence.md equals one process: losses, gradient norms, tokens per expert, final weights."""
+"""Cells of docs/equivalence.md equal one process: losses, gradient norms, tokens per expert, final weights.
+
+Every switch, and of the layouts those that hold every pair of sizes; the report runs them all.
+"""
 
 import pytest
 
 from tests.helpers.equivalence import Cell, Comparison, combinations, legal_layouts, refused_layouts
-from tests.helpers.equivalence_cells import REFUSED_SWITCHES, all_cells, refused_switches
+from tests.helpers.equivalence_cells import (
+    REFUSED_SWITCHES,
+    all_cells,
+    covering_layouts,
+    pairs,
+    refused_switches,
+    tested_cells,
+)
 
-CELLS = all_cells()
+CELLS = tested_cells()
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=[f"{cell.group}: {cell.name}" for cell in CELLS])
@@ -33,8 +43,17 @@ def test_what_is_refused_needs_more_ranks() -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [(cell.group, cell.name) for cell in CELLS]
+    names = [(cell.group, cell.name) for cell in all_cells()]
     assert len(set(names)) == len(names)
+
+
+def test_every_pair_of_sizes_is_tested() -> None:
+    """Pairs such as TP2 with CP2, or EP4 with DP2, that fit four ranks at all."""
+    grid = [layout for layout in legal_layouts() if layout.ranks > 1]
+    chosen = covering_layouts()
+    assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, grid))
+    assert len(chosen) < len(grid) / 2
+    assert {cell.name for cell in CELLS if cell.group == "grid"} == {layout.name for layout in chosen}
 
 
 def test_switches_that_are_not_in_the_table_are_refused() -> None:

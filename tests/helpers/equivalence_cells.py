@@ -1,5 +1,7 @@
 """The cells of docs/equivalence.md: every legal layout, and every switch that must not change the mathematics."""
 
+import dataclasses
+import itertools
 from typing import Any
 
 from megatron_moe.config.base import ConfigError
@@ -11,6 +13,7 @@ from tests.helpers.equivalence import (
     TENSOR,
     VIRTUAL,
     Cell,
+    Layout,
     legal_layouts,
 )
 from tests.helpers.tiny import tiny_run
@@ -57,6 +60,30 @@ def cells(
 def grid() -> list[Cell]:
     """Every legal layout of up to four ranks but one process itself."""
     return [Cell("grid", layout.name, layout.ranks, layout.flags) for layout in legal_layouts() if layout.ranks > 1]
+
+
+def pairs(layout: Layout) -> set[tuple[tuple[str, Any], ...]]:
+    """Every two axes' values of a layout, the data-parallel size among them."""
+    axes = {**dataclasses.asdict(layout), "data": layout.data}
+    return set(itertools.combinations(axes.items(), 2))
+
+
+def covering_layouts() -> list[Layout]:
+    """A part of the grid that holds every pair of two axes' values that the grid holds; chosen greedily."""
+    left = [layout for layout in legal_layouts() if layout.ranks > 1]
+    missing = set().union(*map(pairs, left))
+    chosen = []
+    while missing:
+        best = max(left, key=lambda layout: len(pairs(layout) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def tested_cells() -> list[Cell]:
+    """What `make test` runs: every switch, and of the grid the layouts that cover all pairs."""
+    names = {layout.name for layout in covering_layouts()}
+    return [cell for cell in all_cells() if cell.group != "grid" or cell.name in names]
 
 
 ZERO1 = {"use_distributed_optimizer": True}
