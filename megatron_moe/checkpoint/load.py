@@ -5,15 +5,18 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint import safe_reader
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
+from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import load_run
+from megatron_moe.model.parameters import count_parameters
 from megatron_moe.moe.layout import expert_layout
 from megatron_moe.runtime import replace
 from megatron_moe.runtime.seeds import restore_states, set_seeds
@@ -143,6 +146,25 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
                 f"{flag_name(name)} {format_value(ours)}: the checkpoint {folder} was written with "
                 f"{format_value(theirs)}; give the same, or another --load"
             )
+
+
+def check_stored_size(run: RunConfig, folder: Path) -> None:
+    """Before a model is built from the flags that stand in a checkpoint: refuse one larger than what is stored there.
+
+    Raises:
+        UserError: the flags describe another model than the tensors beside them.
+    """
+    stored = sum(
+        entry.size.numel()
+        for key, entry in read_metadata(folder).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+    )
+    described = count_parameters(run, padded_vocab=True).total
+    if described > stored:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: describes a model of {described} parameters, but the checkpoint holds {stored} "
+            "numbers; it is not the file that was written with it"
+        )
 
 
 def _common_state(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
 
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -81,6 +83,8 @@ class ModelConfig:
             "vocab_size",
             "make_vocab_size_divisible_by",
         )
+        # Layers are counted one by one: a slip, or a file that means harm, must not take all memory.
+        require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"at most {MOST_LAYERS}")
         require_fraction(self, "attention_dropout", "hidden_dropout")
         require(0.0 < self.rotary_percent <= 1.0, "rotary_percent", self.rotary_percent, "in (0, 1]")
         require(self.norm_epsilon > 0.0, "norm_epsilon", self.norm_epsilon, "greater than 0")

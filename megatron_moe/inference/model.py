@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from megatron_moe.checkpoint.load import load_model
+from megatron_moe.checkpoint.load import check_stored_size, load_model
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -63,6 +63,7 @@ def load_saved(saved: SavedModel) -> "InferenceModel":
     else:
         start(saved.run.parallel)
     # Without an interleaved pipeline a rank holds one chunk.
+    check_stored_size(saved.run, saved.folder)
     chunks: list[Any] = build_model(saved.run, inference=True, initialize=False)
     load_model(chunks, saved.folder)
     return InferenceModel(saved, chunks[0].eval())

@@ -291,3 +291,25 @@ def test_replacing_bytes_reaches_the_reader(run_dir: Path, tiny_data: Path, tmp_
     replace_bytes(run_dir / STEP, "common_state", b"nonsense")
     (message,) = run_ranks(1, attempt, "pretrain", command_line("pretrain", run_dir, tiny_data, tmp_path))
     assert "damaged (File is not a zip file)" in message
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("num_layers: 4", "num_layers: 1000000000000", "--num-layers 1000000000000: must be at most 10000"),
+        ("hidden_size: 32", "hidden_size: 3200000", "describes a model of"),
+        ("num_experts: [4, 8]", "num_experts: [4, 800000000]", "describes a model of"),
+        ("ffn_hidden_size: null", "ffn_hidden_size: 4000000000", "describes a model of"),
+    ],
+)
+def test_flags_that_announce_gigabytes_take_none(
+    before: str, after: str, message: str, run_dir: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Of a checkpoint of unknown origin `config.yaml` is a header as well: no model is built from it alone."""
+    config = run_dir / STEP / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    assert before in text
+    config.write_text(text.replace(before, after, 1), encoding="utf-8")
+    answer = run_ranks(1, attempt, "generate", command_line("generate", run_dir, tiny_data, tmp_path))[0]
+    assert message in answer
+    assert "\n" not in answer.strip()
