@@ -60,7 +60,9 @@ def find_checkpoint(run_dir: str | Path) -> Path:
         raise UserError(f"--load {run_dir}: no such folder; give the --save folder of a run")
     iteration = latest_iteration(run_dir)
     if iteration is None:
-        raise UserError(f"--load {run_dir}: holds no checkpoint ({LATEST_FILE} is missing)")
+        folder = Path(run_dir)
+        hint = f"; give the folder of the run, {folder.parent}" if folder.name.startswith("iter_") else ""
+        raise UserError(f"--load {run_dir}: holds no checkpoint ({LATEST_FILE} is missing){hint}")
     return checkpoint_folder(run_dir, iteration)
 
 

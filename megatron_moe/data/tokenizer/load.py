@@ -18,6 +18,8 @@ from megatron_moe.data.tokenizer.build import END_OF_DOCUMENT
 # In a checkpoint: says which kind lies beside it.
 _DESCRIPTION = "megatron_moe_tokenizer.json"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+# One of them is in every folder that AutoTokenizer can read.
+_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "config.json")
 # What stands in a description, by kind.
 _SAVED_AS: dict[str, tuple[str | None, ...]] = {
     "SentencePieceTokenizer": (_SENTENCEPIECE_FILE,),
@@ -76,6 +78,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: Path) -> None:
         self._model = model.read_bytes()
+        if not self._model:
+            # SentencePiece takes it for a model without pieces and logs about it later.
+            raise UserError(f"--tokenizer-model {model}: is empty; tools/build_tokenizer.py writes one anew")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
             self.vocab_size: int = self._processor.get_piece_size()
@@ -250,7 +255,15 @@ def load_tokenizer(data: DataConfig, vocab_size: int | None = None) -> Tokenizer
     if data.tokenizer_type == "HuggingFaceTokenizer":
         if not path.exists():
             raise ConfigError(f"--tokenizer-model {path}: no such folder; give one that holds tokenizer.json")
+        if path.is_dir() and not any((path / name).is_file() for name in _HUGGING_FACE_FILES):
+            raise ConfigError(
+                f"--tokenizer-model {path}: holds no Hugging Face tokenizer (none of {', '.join(_HUGGING_FACE_FILES)})"
+            )
         return HuggingFaceTokenizer(path)
+    if path.is_dir():
+        raise ConfigError(
+            f"--tokenizer-model {path}: is a folder; give a .model file, or --tokenizer-type HuggingFaceTokenizer"
+        )
     if not path.is_file():
         raise ConfigError(f"--tokenizer-model {path}: no such file; tools/build_tokenizer.py writes <prefix>.model")
     return SentencePieceTokenizer(path)
