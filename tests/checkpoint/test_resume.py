@@ -1,5 +1,6 @@
 """A resumed run goes on bit for bit; under another layout it holds the same weights and goes on within rounding."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,3 +218,34 @@ def test_saved_before_the_first_update(sharded: bool, tiny_data: Path, tmp_path:
     rest = run_ranks(1, train_curve, tiny_run(**flags, train_iters=24, load=str(tmp_path)))[0]
     assert rest.losses == whole.losses[2:]
     assert rest.skipped == whole.skipped - 2 < 20
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, {}), (4, {PIPELINE: 2, EXPERT: 2}), (2, {"use_distributed_optimizer": True})],
+    ids=["one process", "pipeline 2, expert 2", "distributed optimizer"],
+)
+def test_scheduler_and_scaler_go_on_under_another_layout(
+    world_size: int, layout: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    """fp16 with a loss scale that still grows, and a cosine: both are those of an unbroken run at every step.
+
+    Losses differ by fp16's rounding (5e-4), which the order of sums decides.
+    """
+    flags = data_flags(tiny_data) | SAME_LAYOUT["fp16"][1] | SCHEDULE | {"lr_decay_iters": 13}
+    first = {EXPERT: 2}
+    run_ranks(2, train_curve, tiny_run(**flags | first, train_iters=13, save=str(tmp_path / "whole")))
+    run_ranks(2, train_curve, tiny_run(**flags | first, train_iters=3, save=str(tmp_path / "first")))
+    run = tiny_run(**flags | layout, train_iters=13, load=str(tmp_path / "first"), save=str(tmp_path / "rest"))
+    run_ranks(world_size, train_curve, run)
+    whole, rest = rows(tmp_path / "whole")[3:], rows(tmp_path / "rest")
+    assert len(rest) == 10
+    for name in ("step", "consumed_samples", "lr", "loss_scale", "skipped"):
+        assert [row[name] for row in rest] == [row[name] for row in whole], name
+    assert len({row["loss_scale"] for row in rest}) > 2
+    assert [row["lm_loss"] for row in rest] == pytest.approx([row["lm_loss"] for row in whole], rel=2e-3)
