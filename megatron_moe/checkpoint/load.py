@@ -15,7 +15,7 @@ from megatron_moe.checkpoint.state import Progress, current_layout, model_state,
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.yaml_io import load_run
+from megatron_moe.config.yaml_io import load_saved_run
 from megatron_moe.model.parameters import count_parameters
 from megatron_moe.moe.layout import expert_layout
 from megatron_moe.runtime import replace
@@ -121,7 +121,7 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
     Raises:
         UserError: the first flag that differs, both values.
     """
-    saved = load_run(folder / CONFIG_FILE)
+    saved = load_saved_run(folder / CONFIG_FILE)
     pairs = [
         (name, getattr(saved.model, name), getattr(run.model, name))
         for name in vars(saved.model)

@@ -26,8 +26,9 @@ class ConfigError(UserError):
 
 def disk_error(where: str, error: OSError) -> UserError:
     """What to say of a file that cannot be written: `where` names the flag or the file."""
-    cure = "; make room, then start again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return UserError(f"{where}: cannot be written: {error.strerror or error}{cure}")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cure = "make room, then start again" if full else "give a place that can be written"
+    return UserError(f"{where}: cannot be written: {error.strerror or error}; {cure}")
 
 
 def flag_name(field_name: str) -> str:

@@ -44,6 +44,21 @@ def load_run(path: str | Path) -> RunConfig:
     return build_run(load_values(path, run_sections(RunConfig)))
 
 
+def load_saved_run(path: str | Path) -> RunConfig:
+    """The run whose config file a checkpoint holds; it has every section, though perhaps not the newest flags.
+
+    Raises:
+        ConfigError: as `load_run`, or the file was cut short.
+    """
+    values = load_values(path, run_sections(RunConfig))
+    for name in run_sections(RunConfig):
+        if name not in values:
+            raise ConfigError(
+                f"{path}: lacks the section {name}; it was cut short, and its checkpoint cannot be trusted"
+            )
+    return build_run(values)
+
+
 def build_run(*layers: Values) -> RunConfig:
     """The run that results from layers of values, later ones going over earlier ones, field by field.
 

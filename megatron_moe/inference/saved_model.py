@@ -11,7 +11,7 @@ from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import TrainingConfig
 from megatron_moe.config.validate import validate
-from megatron_moe.config.yaml_io import load_run
+from megatron_moe.config.yaml_io import load_saved_run
 from megatron_moe.data.tokenizer.load import Tokenizer, load_saved_tokenizer
 from megatron_moe.inference.options import LoadOptions
 
@@ -68,7 +68,7 @@ def open_checkpoint(options: LoadOptions, parallel: ParallelConfig, world_size: 
             shown = "" if value is True else f" {format_value(value)}"
             raise ConfigError(f"{flag_name(name)}{shown}: is for training only; leave it out here")
     folder = _choose_folder(options)
-    run = _inference_run(load_run(folder / CONFIG_FILE), parallel, options.eval_fp32)
+    run = _inference_run(load_saved_run(folder / CONFIG_FILE), parallel, options.eval_fp32)
     _validate(run, world_size)
     return SavedModel(folder, run, load_saved_tokenizer(folder / TOKENIZER_FOLDER))
 

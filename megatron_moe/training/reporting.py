@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_moe.config.base import ConfigError, disk_error
+from megatron_moe.config.base import ConfigError, UserError, disk_error
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.rows import parse_row
 from megatron_moe.moe.metrics import LayerLoad
@@ -48,6 +48,8 @@ class Reporter:
                 for name in (METRICS_FILE, LOAD_FILE):
                     truncate_after(folder / name, first_step)
                     self._files[name] = (folder / name).open("a", encoding="utf-8")
+            except FileExistsError as error:
+                raise UserError(f"--save {folder}: is a file; give a folder") from error
             except OSError as error:
                 raise disk_error(f"--save {folder}", error) from error
             if run.logging.tensorboard:

@@ -277,7 +277,7 @@ def load_saved_tokenizer(directory: Path) -> Tokenizer:
     """
     description = directory / _DESCRIPTION
     if not description.is_file():
-        raise UserError(f"{directory}: holds no tokenizer ({_DESCRIPTION} is missing); give --tokenizer-model")
+        raise UserError(f"{directory}: holds no tokenizer ({_DESCRIPTION} is missing); the checkpoint is not whole")
     try:
         saved = json.loads(description.read_bytes()[:_LONGEST_DESCRIPTION])
         kind, model, vocab_size = saved["tokenizer_type"], saved.get("tokenizer_model"), saved.get("vocab_size")
@@ -292,7 +292,11 @@ def load_saved_tokenizer(directory: Path) -> Tokenizer:
     if vocab_size is not None and (type(vocab_size) is not int or not 0 < vocab_size < 2**31):
         raise UserError(f"{description}: vocab_size is {str(vocab_size)[:80]!r}, no number of ids")
     data = DataConfig(tokenizer_type=kind, tokenizer_model=None if model is None else str(directory / model))
-    return load_tokenizer(data, vocab_size)
+    try:
+        return load_tokenizer(data, vocab_size)
+    except UserError as error:
+        # Nobody gave the flag.
+        raise UserError(str(error).removeprefix("--tokenizer-model ")) from error
 
 
 def with_vocab_size(run: RunConfig, tokenizer: Tokenizer) -> RunConfig:
