@@ -53,9 +53,7 @@ def load_saved_run(path: str | Path) -> RunConfig:
     values = load_values(path, run_sections(RunConfig))
     for name in run_sections(RunConfig):
         if name not in values:
-            raise ConfigError(
-                f"{path}: lacks the section {name}; it was cut short, and its checkpoint cannot be trusted"
-            )
+            raise ConfigError(f"{path}: lacks the section {name}; it was cut short, restore it or load another step")
     return build_run(values)
 
 

@@ -71,11 +71,12 @@ def build_datasets(
     files = {source.prefix: source for blend in blends if blend for source in blend.files}
     for source in files.values():
         check_token_range(source, vocab_size)
-    cache = _cache_folder(flags, next(iter(files)))
     parts = [_parts(blend, split, flags.split if shared else None) for blend, split in zip(blends, Split, strict=True)]
     every_part = [part for split_parts in parts for part in split_parts]
     for part in every_part:
         _check_length(part, run)
+    # After every check: a run that is refused leaves no folder behind.
+    cache = _cache_folder(flags, next(iter(files)))
     if not dist.is_initialized() or dist.get_rank() == 0:
         for part in every_part:
             write_index(part, run, tokenizer, cache)
