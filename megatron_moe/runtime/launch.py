@@ -6,6 +6,7 @@ speaks through the store of torchrun's agent, which can be reached before and af
 every rank's traceback.
 """
 
+import functools
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +33,6 @@ LOST_CONNECTION = re.compile(
     r"|unable to read data from the store",
     re.IGNORECASE,
 )
-
-
 LOST = "lost its connection"
 """What a rank puts down that knows no more than that; a reason goes over it."""
 
@@ -44,7 +44,7 @@ class AnotherRankFailed(RuntimeError):
 class Reason(NamedTuple):
     """Why a rank failed, as the others can read it."""
 
-    rank: str
+    who: str
     code: int
     text: str
 
@@ -85,7 +85,10 @@ def lost_connection(error: BaseException) -> bool:
     if isinstance(failures, dict) and failures:
         # torch.distributed.checkpoint.api.CheckpointException: what went wrong on which rank.
         return all(lost_connection(failure) for failure, _ in failures.values())
-    if isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
+    # Named, not imported: torch.distributed.DistError is the base of what the store and NCCL raise.
+    collective = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    collective = collective or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    if collective and LOST_CONNECTION.search(str(error)):
         return True
     return error.__cause__ is not None and lost_connection(error.__cause__)
 
@@ -99,7 +102,7 @@ def _explain(error: BaseException, *, debug: bool) -> int:
         if not lost_connection(error):
             _report(code, _summary(error))
         return code
-    if lost_connection(error):
+    if lost_connection(error) and os.environ.get("WORLD_SIZE", "1") != "1":
         return _follow(error)
     # The agent ends this rank as soon as another has left: not before it has spoken.
     _on_termination(signal.SIG_IGN)
@@ -124,11 +127,11 @@ def _follow(error: BaseException) -> int:
     _on_termination(signal.SIG_DFL)
     time.sleep(GRACE_SECONDS)
     before = _reported() or before
-    if before is not None and before != (_rank(), BUG_CODE, LOST):
+    if before is not None and before.who != _me():
         return before.code
     print(
         f"error: rank {_rank()} lost its connection to another rank, which gave no reason: killed, or out of memory? "
-        f"({_root(error)}); look for that rank's end, then go on with --load",
+        f"({_root(error)}); look for that rank's end, then go on with --load; --debug shows more",
         file=sys.stderr,
         flush=True,
     )
@@ -144,7 +147,7 @@ def _report(code: int, text: str) -> Reason | None:
             _on_termination(signal.SIG_DFL)
             time.sleep(GRACE_SECONDS)
         return None
-    mine = f"{_rank()}\n{code}\n{text}"
+    mine = f"{_me()}\n{code}\n{text}"
     try:
         written = store.compare_set(_key(), "", mine).decode()
         if _parse(written).text == LOST and text != LOST:
@@ -167,8 +170,8 @@ def _reported() -> Reason | None:
 
 
 def _parse(written: str) -> Reason:
-    rank, code, text = written.split("\n", 2)
-    return Reason(rank, int(code), text)
+    who, code, text = written.split("\n", 2)
+    return Reason(who, int(code), text)
 
 
 def _key() -> str:
@@ -207,6 +210,12 @@ def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return _summary(error)[:200]
+
+
+@functools.cache
+def _me() -> str:
+    """This process among all that report; not by its rank, which a start script may give wrongly."""
+    return uuid.uuid4().hex
 
 
 def _rank() -> str:

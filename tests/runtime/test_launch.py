@@ -7,6 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_moe.config.base import UserError
+from megatron_moe.runtime.launch import AnotherRankFailed, lost_connection
 
 ENTRY = """
 import sys
@@ -110,3 +115,81 @@ torch.distributed.all_reduce(torch.ones(1))
     assert time.monotonic() - began < 60
     assert done.returncode != 0
     assert done.stderr.count("error: --data-path: only here") == 1
+
+
+# ---- who speaks
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:18372"
+
+
+def caused_by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(GLOO), True),
+        (DistNetworkError("The client socket has failed to recv, got 0 bytes: Failed to recv, got 0 bytes"), True),
+        (DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (caused_by(UserError("iter_1: damaged checkpoint"), RuntimeError(GLOO)), True),
+        (CheckpointException("read", {0: (RuntimeError(GLOO), None), 1: (RuntimeError(GLOO), None)}), True),
+        (AnotherRankFailed("rank 2 could not save"), True),
+        # What must never be taken for it.
+        (RuntimeError("a bug"), False),
+        (RuntimeError("wandb: Connection refused"), False),
+        (OSError(104, "Connection reset by peer"), False),
+        (DistBackendError("NCCL error: invalid argument"), False),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] Timed out waiting 600000ms"), False),
+        (CheckpointException("write", {0: (RuntimeError(GLOO), None), 1: (OSError(28, "full"), None)}), False),
+        (CheckpointException("write", {}), False),
+        (caused_by(UserError("--save: full"), OSError(28, "full")), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_lost_connection(error: BaseException, lost: bool) -> None:
+    assert lost_connection(error) is lost
+
+
+def test_broken_connection_of_a_single_process_is_no_excuse(tmp_path: Path) -> None:
+    done = run(tmp_path, f"raise RuntimeError({GLOO!r})")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_rank_can_ask_whether_another_failed(tmp_path: Path) -> None:
+    body = """
+import os, time
+from megatron_moe.runtime.launch import another_rank_failed
+assert not another_rank_failed()
+if os.environ["RANK"] == "1":
+    time.sleep(1)
+    raise RuntimeError("a bug")
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+began = time.monotonic()
+while not another_rank_failed() and time.monotonic() - began < 60:
+    time.sleep(0.05)
+print("knows" if another_rank_failed() else "does not know", flush=True)
+os._exit(0)
+""".strip()
+    done = run(tmp_path, body, launcher=TORCHRUN)
+    assert "knows" in done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_real_reason_goes_over_a_lost_connection(tmp_path: Path) -> None:
+    """A rank may notice the loss before the one that failed has said why."""
+    body = f"""
+import os, time
+from megatron_moe.runtime import launch
+launch.GRACE_SECONDS = 3
+if os.environ["RANK"] == "0":
+    raise RuntimeError({GLOO!r})
+time.sleep(1)
+{MISTAKE}
+""".strip()
+    done = run(tmp_path, body, launcher=TORCHRUN)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == ["error: --flag 3: must be 4"]
