@@ -104,7 +104,9 @@ def save_checkpoint(
             if problem := _storage_problem(error, logged):
                 raise UserError(_not_saved(run.checkpoint.save, progress.step, problem)) from error
             if isinstance(error, CheckpointException) and dist.get_rank() not in error.failures:
-                raise AnotherRankFailed(f"rank {', '.join(map(str, error.failures))} could not save") from error
+                # Only the coordinator is told which one.
+                which = ", ".join(map(str, error.failures)) or "unknown"
+                raise AnotherRankFailed(f"another rank could not save its part: {which}") from error
             raise
     return folder
 

@@ -19,8 +19,18 @@ LAYOUTS = {
 }
 
 
-def fail_at(where: str, how: str, rank: int = FAILING) -> None:
-    """Make one rank fail: at its second step (`step`), or while it opens its data (`data`)."""
+def fail_at(where: str, how: str, rank: int = FAILING, grace: float | None = None) -> None:
+    """Make one rank fail: at its second step (`step`), or while it opens its data (`data`).
+
+    Args:
+        where, how: see `fail`.
+        rank: which one.
+        grace: seconds for which the others wait to be ended.
+    """
+    if grace is not None:
+        from megatron_moe.runtime import launch as product
+
+        product.GRACE_SECONDS = grace
     if os.environ.get("RANK", "0") != str(rank):
         return
     from megatron_moe.training import loop
@@ -57,21 +67,26 @@ def fail(how: str) -> None:
         fail("mistake")
 
 
-def train(place: Place, where: str, how: str, layout: str = "", **options: Any) -> Launch:
+def train(place: Place, where: str, how: str, layout: str = "", grace: float | None = None, **options: Any) -> Launch:
     words = place.fill(f"{BASE} {layout} --save {{tmp}}/new --train-iters 20").split()
-    return launch(4, PRETRAIN, *words, prepare=(fail_at, where, how), **options)
+    return launch(4, PRETRAIN, *words, prepare=(fail_at, where, how, FAILING, grace), **options)
 
 
 MISTAKE = "error: --train-data-path here/only: no file here/only.idx on rank 2\n"
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
-@pytest.mark.parametrize("how", ["mistake", "slow mistake"])
-def test_mistake_of_one_rank_in_training(place: Place, layout: str, how: str) -> None:
-    done = train(place, "step", how, layout)
+def test_mistake_of_one_rank_in_training(place: Place, layout: str) -> None:
+    done = train(place, "step", "mistake", layout)
     assert done.stderr == MISTAKE
     check_codes(done)
     assert done.codes[FAILING] == 2
+
+
+def test_mistake_while_the_others_have_been_waiting(place: Place) -> None:
+    done = train(place, "step", "slow mistake", LAYOUTS["tensor and pipeline"])
+    assert done.stderr == MISTAKE
+    check_codes(done)
 
 
 def test_file_that_only_one_rank_lacks(place: Place) -> None:
@@ -94,8 +109,9 @@ def test_bug_of_one_rank(place: Place, layout: str) -> None:
     check_codes(done, 1)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=list(LAYOUTS))
-@pytest.mark.parametrize("how", ["killed", "gone"])
+@pytest.mark.parametrize(
+    ("how", "layout"), [("gone", ""), *(("killed", layout) for layout in LAYOUTS.values())], ids=["gone", *LAYOUTS]
+)
 def test_rank_that_says_nothing(place: Place, layout: str, how: str) -> None:
     """Its end is the launcher's to tell (megatron_moe/torchrun.py does); the others keep quiet and leave."""
     done = train(place, "step", how, layout, agent_delay=1.0)
@@ -106,7 +122,7 @@ def test_rank_that_says_nothing(place: Place, layout: str, how: str) -> None:
 
 def test_rank_that_says_nothing_to_a_launcher_that_does_not_look(place: Place) -> None:
     """As on another node: a rank that has lost its connection waits a while to be ended, then says what it knows."""
-    done = train(place, "step", "killed", agent_delay=20.0)
+    done = train(place, "step", "killed", grace=1.0, agent_delay=6.0)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: rank ")
     assert "lost its connection to another rank, which gave no reason: killed, or out of memory? (" in line

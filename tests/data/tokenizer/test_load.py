@@ -112,7 +112,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ),
         (
             DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path)),
-            "transformers cannot load",
+            "holds no Hugging Face tokenizer",
         ),
     ]
     for data, message in cases:
