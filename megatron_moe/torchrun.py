@@ -7,16 +7,21 @@ SIGTERM or Ctrl-C it kills the ranks 30 seconds later (its `--shutdown-timeout`)
 waited for.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
+from megatron_moe.runtime import replace
 from megatron_moe.runtime.launch import USER_ERROR_CODE
+from megatron_moe.runtime.replace import Replacement
+from megatron_moe.runtime.signals import STOPPED_CODE
 
 # What torchrun goes on to answer itself, by killing the ranks; it takes SIGTERM and SIGINT as well by default.
 _LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
@@ -45,21 +50,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         told.append(number)
         for rank in ranks:
-            rank.send_signal(number)
+            # It may have ended meanwhile.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, tell_ranks)
+    replace.apply([stopped_is_final()])
     try:
         torchrun(["--signals-to-handle", _LEFT_TO_TORCHRUN, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if not told and failure.exitcode != USER_ERROR_CODE:
+        if not told and failure.exitcode not in (USER_ERROR_CODE, STOPPED_CODE):
             print(f"error: rank {rank} ended with {_describe(failure.exitcode)}; its output is above", file=sys.stderr)
         # A signal shows as a negative code; shells count it from 128.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except KeyboardInterrupt:
         return 128 + (told[0] if told else signal.SIGINT)
     return 0
+
+
+def stopped_is_final() -> Replacement:
+    """Ranks that a signal has stopped must not be started again, as torchrun does with --max-restarts.
+
+    Any code but 0 is a failure to it. `_remaining_restarts` is what torch/distributed/elastic/agent/server/api.py:
+    SimpleElasticAgent._invoke_run asks after each look.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    look = LocalElasticAgent._monitor_workers
+
+    def monitor_workers(agent: Any, group: Any) -> Any:
+        result = look(agent, group)
+        if any(failure.exitcode == STOPPED_CODE for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    module = "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent"
+    return Replacement(module, "_monitor_workers", monitor_workers, "with --max-restarts it restarts a stopped run")
 
 
 def _describe(exitcode: int) -> str:

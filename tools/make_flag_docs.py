@@ -96,11 +96,13 @@ def replaced_symbols() -> list[tuple[str, Replacement]]:
     from megatron_moe.runtime.quiet import silence_third_party_warnings
 
     silence_third_party_warnings()
+    from megatron_moe import torchrun
     from megatron_moe.checkpoint import safe_reader, save, torch_adam
     from megatron_moe.moe import expert_bias
     from megatron_moe.runtime import cpu
 
     anywhere = [
+        ("`megatron_moe.torchrun` starts", torchrun.stopped_is_final()),
         ("a model is built", expert_bias.REPLACEMENT),
         *(("a checkpoint is written", replacement) for replacement in save.REPLACEMENTS),
         *(("a checkpoint is read", replacement) for replacement in safe_reader.REPLACEMENTS),

@@ -19,11 +19,12 @@ from tests.helpers.tiny import data_flags, tiny_run
 
 
 def every_replacement() -> list[Replacement]:
+    from megatron_moe import torchrun
     from megatron_moe.checkpoint import safe_reader, save, torch_adam
     from megatron_moe.moe import expert_bias
     from megatron_moe.runtime import cpu
 
-    single = [module.REPLACEMENT for module in (expert_bias, torch_adam)]
+    single = [module.REPLACEMENT for module in (expert_bias, torch_adam)] + [torchrun.stopped_is_final()]
     return [*cpu.replacements(), *safe_reader.REPLACEMENTS, *save.REPLACEMENTS, *single]
 
 
