@@ -27,8 +27,9 @@ Values = dict[str, dict[str, Any]]
 
 
 _NO_WRAP = 10**9
-# A config file with every value and its help has 30 KiB. PyYAML takes a second for 100 KiB of brackets.
-_LARGEST_FILE = 256 * 1024
+# With every value and its help a config file has 30 KiB, with thousands of files in --data-path a few MiB:
+# what a run has saved must be loaded again. PyYAML takes seconds for each MiB, brackets most.
+_LARGEST_FILE = 8 * 1024 * 1024
 _DEEPEST = 8
 _LONGEST_NUMBER = 100
 _SHOWN = 80
@@ -115,7 +116,7 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> Values:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
     if len(content) > _LARGEST_FILE:
-        raise ConfigError(f"{path}: is larger than {_LARGEST_FILE // 1024} KiB, so it is no config file")
+        raise ConfigError(f"{path}: is larger than {_LARGEST_FILE >> 20} MiB, so it is no config file")
     return parse_values(text, str(path), sections)
 
 

@@ -4,6 +4,7 @@ An index lies in a folder of its own, which gets its name only when all of it is
 while it writes one leaves a folder `*.tmp` that nothing reads. The name is a hash of everything the index depends on.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -112,9 +113,14 @@ def open_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path
     """Samples of one epoch, in the shuffled order of an index that `write_index` wrote; memory-mapped.
 
     Raises:
-        UserError: the index is damaged.
+        UserError: the index is damaged, cannot be read, or is not there, as on a node with another cache folder.
     """
     folder = part.index_folder(run, cache)
+    if not folder.is_dir():
+        raise UserError(
+            f"--data-cache-path {cache}: rank 0 wrote the sample index of {part.source.prefix}, but this rank finds no "
+            f"{folder.name} there; all nodes must share that folder and the token files"
+        )
     try:
         for name in _ARRAYS:
             found = list(folder.glob(f"*{name}.npy"))
@@ -126,6 +132,9 @@ def open_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path
         if len(dataset.shuffle_index) != len(dataset):
             raise ValueError(f"{len(dataset.shuffle_index)} places for {len(dataset)} samples")
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            cure = "; raise it with ulimit -n, or merge files" if error.errno == errno.EMFILE else ""
+            raise UserError(f"{folder}: cannot be read: {error.strerror}{cure}") from error
         problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"{folder}: damaged sample index of {part.source.prefix} ({problem}); delete the folder, the next run "

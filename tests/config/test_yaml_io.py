@@ -133,6 +133,16 @@ def test_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
     assert again == run
 
 
+def test_a_run_over_thousands_of_files_comes_back(tmp_path: Path) -> None:
+    """As many as a command line holds: a run whose own file is refused could not be resumed."""
+    paths = tuple(
+        word for file in range(5000) for word in ("1.5", f"/data/corpus/part_{file:05d}_text_document".ljust(200, "x"))
+    )
+    run = build_run({"data": {"data_path": paths}})
+    save_run(run, tmp_path / "config.yaml")
+    assert load_run(tmp_path / "config.yaml") == run
+
+
 def test_the_file_explains_every_value() -> None:
     text = dump_run(RunConfig())
     assert "  # Number of transformer layers.\n  num_layers: 4\n" in text

@@ -1,5 +1,6 @@
 """Sample indices on the disk: complete or not there, whoever is killed; damage is one line that says what to do."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -108,6 +109,29 @@ def test_an_index_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     (path,) = folders(tmp_path / "cache")[0].glob("*shuffle_index.npy")
     np.save(path, np.load(path)[:-1])
     with pytest.raises(UserError, match="damaged sample index"):
+        train_stream(prefix)
+
+
+def test_an_index_that_only_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody should delete a good one because too many files are open."""
+
+    def no_more_files(_path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    prefix = write(tmp_path / "a", 50)
+    train_stream(prefix)
+    monkeypatch.setattr("megatron_moe.data.sample_index.check_array_file", no_more_files)
+    with pytest.raises(UserError, match=r"cannot be read: Too many open files; raise it with ulimit -n"):
+        train_stream(prefix)
+
+
+def test_a_node_that_does_not_see_the_index_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write(tmp_path / "a", 50)
+    # What another rank than the first does: it writes nothing.
+    monkeypatch.setattr("megatron_moe.data.datasets.write_index", lambda *_: None)
+    with pytest.raises(UserError, match=r"--data-cache-path .*: rank 0 wrote .*all nodes must share that folder"):
         train_stream(prefix)
 
 

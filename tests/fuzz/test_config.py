@@ -55,8 +55,8 @@ def test_crafted_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_large_file_is_no_config(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("# " + "x" * (256 * 1024), encoding="utf-8")
-    with pytest.raises(ConfigError, match="is larger than 256 KiB"):
+    path.write_text("# " + "x" * (8 << 20), encoding="utf-8")
+    with pytest.raises(ConfigError, match="is larger than 8 MiB"):
         load_run(path)
 
 
