@@ -17,6 +17,7 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.runtime.signals import STOPPED_CODE
 from tests.helpers.distributed import run_ranks
+from tests.helpers.launch import launch
 from tests.helpers.tiny import data_flags, tiny_run
 from tests.helpers.training import Curve, build_trainer, record_curve, train_curve
 
@@ -84,6 +85,37 @@ def restored_handlers(run: RunConfig) -> bool:
 
 def test_handlers_are_put_back(tiny_data: Path) -> None:
     assert run_ranks(1, restored_handlers, tiny_run(**data_flags(tiny_data), num_workers=2))[0]
+
+
+def stop_with_slow_files(marker: Path) -> None:
+    """The last rank gets a signal in its second step; closing the files of rank 0 takes a while, as an upload does."""
+    from megatron_moe.training import loop
+    from megatron_moe.training.reporting import Reporter
+
+    train_step, close = loop.train_step, Reporter.__exit__
+    steps = iter(range(10**6))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    def slow_close(reporter: Reporter, *args: Any) -> None:
+        close(reporter, *args)
+        if os.environ["RANK"] == "0":
+            time.sleep(3)
+            marker.touch()
+
+    loop.train_step, Reporter.__exit__ = interrupted, slow_close  # type: ignore[method-assign]
+
+
+def test_no_rank_leaves_before_the_files_are_closed(tiny_data: Path, tmp_path: Path) -> None:
+    """A launcher ends all ranks when one leaves with a code other than 0."""
+    config = long_run(tiny_data, tmp_path, save=str(tmp_path / "run"))
+    done = launch(2, "megatron_moe.pretrain", "--config", config, prepare=(stop_with_slow_files, tmp_path / "closed"))
+    assert (tmp_path / "closed").exists()
+    assert STOPPED_CODE in done.codes
+    assert done.stderr == ""
 
 
 # ---- real processes
