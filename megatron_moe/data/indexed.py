@@ -12,6 +12,7 @@ Here a document is one sequence, so D = S + 1. A prefix is the common path of bo
 """
 
 import contextlib
+import errno
 import os
 import struct
 from array import array
@@ -175,9 +176,17 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
         flag: where the prefix came from, for errors.
 
     Raises:
-        UserError: a file is missing, not a Megatron index, cut short, or the two do not belong together.
+        UserError: a file is missing, cannot be read, is no Megatron index, cut short, or they do not belong together.
     """
     _check_exists(prefix, flag)
+    try:
+        return _open(prefix, flag)
+    except OSError as error:
+        cure = "; raise it with ulimit -n, or merge files" if error.errno == errno.EMFILE else ""
+        raise UserError(f"{flag} {prefix}: the pair cannot be read: {error.strerror}{cure}") from error
+
+
+def _open(prefix: str | Path, flag: str) -> IndexedFile:
     index, tokens = idx_path(prefix), bin_path(prefix)
     size = index.stat().st_size
     with index.open("rb") as stream:

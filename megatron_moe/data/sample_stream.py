@@ -118,18 +118,17 @@ def change_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
     Args:
         before, now: `SampleStream.identity` of both.
     """
-    for name, value in now.items():
-        if before[name] == value:
+    for name, new in now.items():
+        # What stands in a checkpoint is not trusted to have every name, or a list where one is due.
+        old = before.get(name)
+        if old == new:
             continue
-        if isinstance(value, list) and len(value) == len(before[name]):
-            old, new = next((old, new) for old, new in zip(before[name], value, strict=True) if old != new)
-        elif isinstance(value, list):
-            old, new = len(before[name]), len(value)
-        else:
-            old, new = before[name], value
+        if isinstance(old, list) and isinstance(new, list):
+            pairs = zip(old, new, strict=True) if len(old) == len(new) else [(len(old), len(new))]
+            old, new = next(pair for pair in pairs if pair[0] != pair[1])
         return f"{name} ({_show(old)} before, {_show(new)} now)"
     return None
 
 
 def _show(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)[:100]

@@ -1,5 +1,7 @@
 """The token files are megatron-core's: same bytes as its writer, same ids to its reader; damage is seen."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +119,16 @@ def test_an_empty_pair_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "pair", [])
     with pytest.raises(UserError, match="holds no documents"):
         open_indexed(tmp_path / "pair")
+
+
+def test_a_pair_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a blend of more files than a process may open."""
+
+    def no_more_files(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with IndexedWriter(tmp_path / "a", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(4, dtype=np.uint16), np.array([4]))
+    monkeypatch.setattr(np, "memmap", no_more_files)
+    with pytest.raises(UserError, match=r"^--data-path .*/a: the pair cannot be read: Too many open files; raise it"):
+        open_indexed(tmp_path / "a")

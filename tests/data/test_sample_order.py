@@ -5,7 +5,7 @@ import pytest
 from megatron.core.datasets import helpers
 
 from megatron_moe.data.sample_order import EpochOrder, permute, round_keys
-from megatron_moe.data.sample_stream import blend_order
+from megatron_moe.data.sample_stream import blend_order, change_of_data
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 99, 100, 101, 1000, 4095, 4096, 4097])
@@ -94,3 +94,19 @@ def test_every_file_s_turns_go_on_over_the_seam_of_the_pattern(weights: tuple[fl
         next_turn[file] += 1
     shares = np.array(next_turn) / read
     assert np.abs(shares - np.array(weights) / sum(weights)).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ({"--seed": 1, "weights": [0.5, 0.5]}, None),
+        ({"--seed": 2, "weights": [0.5, 0.5]}, "--seed (2 before, 1 now)"),
+        ({"--seed": 1, "weights": [0.5, 0.25, 0.25]}, "weights (3 before, 2 now)"),
+        ({"--seed": 1, "weights": [0.75, 0.25]}, "weights (0.75 before, 0.5 now)"),
+        # A checkpoint of another version, or a damaged one.
+        ({"weights": [0.5, 0.5]}, "--seed (None before, 1 now)"),
+        ({"--seed": 1, "weights": 3}, "weights (3 before, [0.5, 0.5] now)"),
+    ],
+)
+def test_a_change_of_data_is_named(before: dict[str, object], told: str | None) -> None:
+    assert change_of_data(before, {"--seed": 1, "weights": [0.5, 0.5]}) == told
