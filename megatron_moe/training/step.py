@@ -114,7 +114,9 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    restore_expert_biases = remember_expert_biases(model)
+    # Not looked for in vain at every step: a large model has tens of thousands of modules.
+    biases = model if run.moe.moe_router_enable_expert_bias else []
+    restore_expert_biases = remember_expert_biases(biases)
     reports = run_micro_batches(run, model, batches, count, forward_only=False)
     loss = mean_loss(reports)
     updated, grad_norm = False, None
