@@ -26,7 +26,8 @@ from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run, load_recipe
 from megatron_moe.runtime.quiet import silence_third_party_warnings
 
-MATMUL_SIZE = 2048
+# A larger product where 2048 would be over before it has begun.
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 UNCOUNTED = 2
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
@@ -150,22 +151,22 @@ class Side:
         self._wait()
         return time.perf_counter() - began, result.loss
 
-    def matmul_rate(self, _: Any = None) -> float:
+    def matmul_rate(self) -> float:
         """Floating-point operations a second of a plain product of two square matrices in the compute precision."""
         import torch
 
         from megatron_moe.model.transformer_config import DTYPES
 
+        size = MATMUL_SIZE[self.device.type]
         left, right = (
-            torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=DTYPES[self.run.training.precision], device=self.device)
-            for _ in range(2)
+            torch.randn(size, size, dtype=DTYPES[self.run.training.precision], device=self.device) for _ in range(2)
         )
         torch.mm(left, right)
         self._wait()
         began = time.perf_counter()
         torch.mm(left, right)
         self._wait()
-        return 2 * MATMUL_SIZE**3 / (time.perf_counter() - began)
+        return 2 * size**3 / (time.perf_counter() - began)
 
     def _wait(self) -> None:
         import torch
@@ -252,7 +253,7 @@ def _report(
         f"{run.model.hidden_size}, sequence {run.model.seq_length}, batch {run.training.micro_batch_size} | "
         f"{run.training.precision} | {device} | stock: {stock}"
     )
-    print(f"  matrix product of {MATMUL_SIZE}: {rate / 1e9:.0f} GFLOP/s")
+    print(f"  matrix product of {MATMUL_SIZE[device]}: {rate / 1e9:.0f} GFLOP/s")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         spread = f"{min(seconds[name]) * 1e3:.0f}-{max(seconds[name]) * 1e3:.0f}"

@@ -29,14 +29,10 @@ def main(argv: Sequence[str]) -> None:
         return
     validate(run, environment_world_size())
     world = start(run.parallel, run.virtual_stages)
-    import torch.distributed as dist
-
     from megatron_moe.training.loop import Trainer
 
     received = Trainer.build(run, world).train()
     if received is not None:
-        # A launcher ends all ranks when one leaves with such a code: not before rank 0 has closed the run's files.
-        dist.barrier()
         stop()
         raise SystemExit(STOPPED_CODE if run.checkpoint.save else 128 + received)
 

@@ -93,7 +93,10 @@ def read_pickle(data: bytes, allowed: Collection[str], source: str) -> Any:
     try:
         return machine.run(data)
     except (_Malformed, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{source}: damaged, or not a checkpoint of this program ({_reason(error)})") from error
+        raise UserError(
+            f"{source}: damaged, or not a checkpoint of this program ({_reason(error)}); restore it or load another "
+            "step"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -88,7 +88,9 @@ def _read(path: Path, _status: tuple[int, ...]) -> Metadata:
     try:
         return _Builder(path.parent).metadata(read_pickle(content, _ALLOWED, str(path)))
     except _Wrong as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint of this program: {error}") from error
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this program: {error}; restore it or load another step"
+        ) from error
 
 
 class _Builder:

@@ -6,6 +6,8 @@ from typing import Literal
 from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
 
 MOST_LAYERS = 10_000
+# What an index of torch's kernels holds.
+LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,16 @@ class ModelConfig:
             "vocab_size",
             "make_vocab_size_divisible_by",
         )
+        for name in (
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "kv_channels",
+            "seq_length",
+            "vocab_size",
+        ):
+            size = getattr(self, name)
+            require(size is None or size <= LARGEST_SIZE, name, size, f"at most {LARGEST_SIZE}")
         # Layers are counted one by one: a slip, or a file that means harm, must not take all memory.
         require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"at most {MOST_LAYERS}")
         require_fraction(self, "attention_dropout", "hidden_dropout")

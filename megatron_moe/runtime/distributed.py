@@ -122,9 +122,14 @@ def _start_model_parallel(config: ParallelConfig, virtual_stages: int | None) ->
 
 
 def stop() -> None:
-    """Leave the process groups. Safe to call when they were never started."""
+    """Leave the process groups, all ranks together. Safe to call when they were never started.
+
+    A rank that is done waits: one that fails in its last file must take it along, so that no rank reports success; and
+    a launcher ends all ranks when one leaves with a code that is not 0, while rank 0 may still close its files.
+    """
     if not dist.is_initialized():
         return
+    dist.barrier()
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

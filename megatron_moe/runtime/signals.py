@@ -55,7 +55,8 @@ class StopSignals:
         if error is not None and self.received is not None:
             _unanswered.append(self.received)
         for number, handler in self._before:
-            signal.signal(number, handler)
+            # None: a C library had set it, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         # Not left to the closing of the pipe: forked loader workers hold its other end as well.
         os.write(self._writer, _END)

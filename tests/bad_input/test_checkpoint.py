@@ -26,6 +26,18 @@ def truncate(pattern: str) -> Callable[[Place], Any]:
     return lambda place: cut(sorted(place.checkpoint.glob(pattern))[0])
 
 
+def cut_index(place: Place) -> None:
+    # Near its start, where paths do not yet shift what is cut.
+    path = place.checkpoint / ".metadata"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def cut_flags(place: Place) -> None:
+    # Between two sections: what is left is sound YAML.
+    path = place.checkpoint / "config.yaml"
+    path.write_text(path.read_text(encoding="utf-8").split("training:")[0], encoding="utf-8")
+
+
 def flip(pattern: str) -> Callable[[Place], Any]:
     """Change bytes in the middle of a file without changing its length."""
 
@@ -151,9 +163,9 @@ CASES = [
     Case(
         "cut .metadata",
         "",
-        "{run}/iter_0000002/.metadata: damaged, or not a checkpoint of this program (not enough data in stream "
-        "to read uint4)",
-        truncate(".metadata"),
+        "{run}/iter_0000002/.metadata: damaged, or not a checkpoint of this program (expected 32 bytes in a "
+        "unicodestring1, but only 3 remain); restore it or load another step",
+        cut_index,
         base=RESUME,
     ),
     Case(
@@ -174,7 +186,7 @@ CASES = [
         "cut config.yaml",
         "",
         "{run}/iter_0000002/config.yaml: lacks the section training; it was cut short, restore it or load another step",
-        truncate("config.yaml"),
+        cut_flags,
         base=RESUME,
     ),
     Case(

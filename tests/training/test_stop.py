@@ -170,7 +170,7 @@ def test_launcher_hands_the_signal_on_and_waits(number: int, tiny_data: Path, tm
     with started(*words, "--config", str(config)) as launcher:
         wait_for(has_steps(tmp_path / "run"), launcher)
         launcher.send_signal(number)
-        out, err = launcher.communicate(timeout=60)
+        out, err = launcher.communicate(timeout=120)
     assert launcher.returncode == STOPPED_CODE == 75
     assert err == ""
     step = latest_iteration(tmp_path / "run")
@@ -184,7 +184,7 @@ def test_signal_to_all_processes_spares_the_loaders(tiny_data: Path, tmp_path: P
     with started("megatron_moe.pretrain", "--config", str(config), start_new_session=True) as trainer:
         wait_for(has_steps(tmp_path / "run"), trainer)
         os.killpg(trainer.pid, signal.SIGTERM)
-        _, err = trainer.communicate(timeout=60)
+        _, err = trainer.communicate(timeout=120)
     assert trainer.returncode == STOPPED_CODE
     assert err == ""
     assert latest_iteration(tmp_path / "run") is not None
@@ -198,7 +198,7 @@ def test_without_save_the_code_says_that_nothing_was_kept(tiny_data: Path, tmp_p
         while not trainer.stdout.readline().startswith("step"):
             assert trainer.poll() is None
         trainer.send_signal(signal.SIGTERM)
-        out, err = trainer.communicate(timeout=60)
+        out, err = trainer.communicate(timeout=120)
     assert trainer.returncode == 128 + signal.SIGTERM
     assert err == ""
     assert out.splitlines()[-1].endswith(": SIGTERM; nothing is saved without --save")
