@@ -9,13 +9,13 @@ from tests.helpers.equivalence import Cell, Comparison, combinations, legal_layo
 from tests.helpers.equivalence_cells import (
     REFUSED_SWITCHES,
     all_cells,
+    cells_under_test,
     covering_layouts,
     pairs,
     refused_switches,
-    tested_cells,
 )
 
-CELLS = tested_cells()
+CELLS = cells_under_test()
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=[f"{cell.group}: {cell.name}" for cell in CELLS])

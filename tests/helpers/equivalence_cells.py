@@ -80,7 +80,7 @@ def covering_layouts() -> list[Layout]:
     return chosen
 
 
-def tested_cells() -> list[Cell]:
+def cells_under_test() -> list[Cell]:
     """What `make test` runs: every switch, and of the grid the layouts that cover all pairs."""
     names = {layout.name for layout in covering_layouts()}
     return [cell for cell in all_cells() if cell.group != "grid" or cell.name in names]
