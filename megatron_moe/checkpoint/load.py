@@ -60,15 +60,6 @@ def load_model(model: list[Any], folder: Path) -> None:
     _read(model_state(model), model, folder)
 
 
-def read_progress(folder: Path) -> Progress:
-    """How far the run was that wrote a checkpoint; needs no model.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
-    return _progress(_common_state(folder), folder)
-
-
 def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler: Any) -> Progress:
     """Put a run's state back from the newest checkpoint of --load; every rank calls it.
 

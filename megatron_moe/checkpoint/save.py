@@ -1,6 +1,5 @@
 """Writes a checkpoint through megatron-core's distributed checkpointing: whole or invisible."""
 
-import errno
 import functools
 import logging
 import os
@@ -29,7 +28,7 @@ from megatron_moe.checkpoint.layout import (
 )
 from megatron_moe.checkpoint.optimizer_state import METADATA, saved_state
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import DISK_FULL, UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -38,7 +37,7 @@ from megatron_moe.runtime.launch import AnotherRankFailed, lost_connection
 from megatron_moe.runtime.replace import Replacement
 
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-_FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+_FULL = {os.strerror(number) for number in DISK_FULL}
 _ERRNO = re.compile(r"\[Errno \d+\] ([^:\n]+)")
 
 

@@ -24,10 +24,12 @@ class ConfigError(UserError):
     """An illegal flag or an illegal combination of flags."""
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def disk_error(where: str, error: OSError) -> UserError:
     """What to say of a file that cannot be written: `where` names the flag or the file."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    cure = "make room, then start again" if full else "give a place that can be written"
+    cure = "make room, then start again" if error.errno in DISK_FULL else "give a place that can be written"
     return UserError(f"{where}: cannot be written: {error.strerror or error}; {cure}")
 
 

@@ -69,8 +69,7 @@ class Trainer:
         if resume:
             check_same_tokenizer(run.data, tokenizer, find_checkpoint(run.checkpoint.load or ""))
         # Data before the model: a wrong path is found in a second, not after the weights are drawn.
-        validation = run.training.eval_iters > 0 and run.training.eval_interval > 0
-        datasets = build_datasets(run, tokenizer, train=True, valid=validation)
+        datasets = build_datasets(run, tokenizer, train=True, valid=run.training.eval_interval > 0)
         set_seeds(run.training.seed)
         model = wrap_data_parallel(run, build_model(run, initialize=not resume))
         optimizer = build_optimizer(run, model)

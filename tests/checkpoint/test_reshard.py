@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moe.checkpoint.layout import find_checkpoint
 from megatron_moe.config.run import RunConfig
+from tests.helpers.checkpoints import whole_tensors
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import data_flags, tiny_run
 from tests.helpers.training import build_trainer, record_curve, train_curve
@@ -47,36 +47,18 @@ def losses(run: RunConfig) -> list[float]:
     return record_curve(build_trainer(run)).losses
 
 
-def whole_tensors(folder: str) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint in a run's folder, put together."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_moe.checkpoint import safe_reader
-    from megatron_moe.config.parallel import ParallelConfig
-    from megatron_moe.runtime import replace
-    from megatron_moe.runtime.distributed import start
-
-    start(ParallelConfig(device="cpu"))
-    replace.apply(safe_reader.REPLACEMENTS)
-    return {
-        key: value
-        for key, value in dist_checkpointing.load_plain_tensors(str(find_checkpoint(folder))).items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
 def test_reshard_there_and_back(tiny_data: Path, tmp_path: Path) -> None:
     flags = data_flags(tiny_data) | {"tensorboard": False}
     _, world_size, layout = CHAIN[0]
     run_ranks(world_size, train_curve, tiny_run(**flags | layout, train_iters=3, save=str(tmp_path / "0")))
-    first = run_ranks(1, whole_tensors, str(tmp_path / "0"))[0]
+    first = run_ranks(1, whole_tensors, tmp_path / "0")[0]
     kinds = {"exp_avg.", "exp_avg_sq."}
     assert all(any(f"optimizer.state.{kind}" in key and "experts" in key for key in first) for kind in kinds)
     expected = None
     for index, (name, world_size, layout) in enumerate(CHAIN[1:], start=1):
         run = tiny_run(**flags | layout, train_iters=3, load=str(tmp_path / str(index - 1)))
         run_ranks(world_size, save_as_loaded, run, str(tmp_path / str(index)))
-        tensors = run_ranks(1, whole_tensors, str(tmp_path / str(index)))[0]
+        tensors = run_ranks(1, whole_tensors, tmp_path / str(index))[0]
         # fp32 without the distributed optimizer keeps no masters: they are the weights.
         shared = {key for key in first if not key.startswith("optimizer.state.param.")}
         assert shared == {key for key in tensors if not key.startswith("optimizer.state.param.")}, name
