@@ -1,15 +1,15 @@
-"""Reading documents: JSON Lines (one object a line, .gz too) with errors that name file and line."""
+"""Reading documents: JSON Lines, Parquet and plain text, .gz and .zst too, with errors that name file and line."""
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_moe.config.base import UserError
+from megatron_moe.data.files import base_suffix, iterate_lines, open_stream, require_package
+
+# Rows of Parquet in memory at a time.
+_PARQUET_ROWS = 1024
 
 
 def check_input_files(paths: Sequence[Path]) -> None:
@@ -23,34 +23,6 @@ def check_input_files(paths: Sequence[Path]) -> None:
             raise UserError(f"--input {path}: no such file; give JSON Lines files (.jsonl or .jsonl.gz)")
         if path.stat().st_size == 0:
             raise UserError(f"--input {path}: the file is empty")
-
-
-@contextmanager
-def open_lines(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """Open a plain or gzip-compressed file.
-
-    Yields:
-        The stream of its (uncompressed) lines, and a function that says how many bytes of the file on disk
-        were read so far, which is what a progress bar can compare with the file's size.
-    """
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as packed:
-                yield io.BufferedReader(packed, 1 << 20), raw.tell
-        else:
-            yield raw, raw.tell
-
-
-def iterate_lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
-    """The lines of an opened file.
-
-    Raises:
-        UserError: the compressed data are damaged or cut short.
-    """
-    try:
-        yield from stream
-    except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path}: cannot read it to the end: {error}") from error
 
 
 def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[str, Any]:
@@ -118,11 +90,49 @@ def check_text(text: Any, json_key: str, where: str) -> str:
 
 
 def read_documents(path: Path, json_key: str) -> Iterator[str]:
-    """Every document of a JSON Lines file, in order.
+    """Every document of a file, in order.
+
+    Args:
+        path: Parquet (.parquet), plain text with a document a line (.txt), otherwise JSON Lines; the last two
+            may end with .gz or .zst.
+        json_key: the field or column with the text; plain text has none.
 
     Raises:
-        UserError: see `parse_document` and `iterate_lines`.
+        UserError: see `parse_document` and `iterate_lines`; or Parquet that is damaged or lacks the column.
     """
-    with open_lines(path) as (stream, _):
+    suffix = base_suffix(path)
+    if suffix == ".parquet":
+        for row, text in enumerate(_parquet_column(path, json_key)):
+            yield check_text(text, json_key, f"{path} row {row}")
+        return
+    with open_stream(path) as (stream, _):
         for number, line in enumerate(iterate_lines(stream, path), start=1):
-            yield parse_document(line, json_key, path, number)
+            yield plain_line(line, path, number) if suffix == ".txt" else parse_document(line, json_key, path, number)
+
+
+def plain_line(line: bytes, path: Path, number: int) -> str:
+    """The text of one line of a plain text file, with its newline.
+
+    Raises:
+        UserError: not UTF-8.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _parquet_column(path: Path, column: str) -> Iterator[Any]:
+    require_package("pyarrow", path)
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                columns = ", ".join(map(repr, file.schema_arrow.names))
+                raise UserError(f"{path}: no column {column!r} (--json-key); columns here: {columns}")
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not Parquet, or damaged: {str(error).splitlines()[0]}") from error

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
-from megatron_moe.data.documents import check_input_files, iterate_lines, open_lines, parse_document
+from megatron_moe.data.documents import check_input_files, parse_document
+from megatron_moe.data.files import iterate_lines, open_stream
 from megatron_moe.data.indexed import IndexedWriter, token_dtype
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -140,7 +141,7 @@ def preprocess(
 def _chunks(inputs: Sequence[Path]) -> Iterator[_Chunk]:
     """The files cut into chunks of whole lines; where they are cut depends on the files alone."""
     for path in inputs:
-        with open_lines(path) as (stream, position):
+        with open_stream(path) as (stream, position):
             lines: list[bytes] = []
             size, first, seen = 0, 1, 0
             for line in iterate_lines(stream, path):

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.base import ConfigError, UserError
-from megatron_moe.data.documents import iterate_lines, open_lines, parse_document
+from megatron_moe.data.documents import parse_document
+from megatron_moe.data.files import iterate_lines, open_stream
 from megatron_moe.data.tokenizer.load import Tokenizer
 from megatron_moe.inference.options import GenerateOptions
 
@@ -31,7 +32,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    with open_lines(path) as (stream, _):
+    with open_stream(path) as (stream, _):
         for number, line in enumerate(iterate_lines(stream, path), start=1):
             if path.name.endswith(JSON_LINES):
                 yield parse_document(line, "text", path, number)

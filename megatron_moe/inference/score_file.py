@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.documents import check_input_files, check_text, iterate_lines, open_lines, parse_object
+from megatron_moe.data.documents import check_input_files, check_text, parse_object
+from megatron_moe.data.files import iterate_lines, open_stream
 from megatron_moe.data.tokenizer.load import Tokenizer
 
 # exp of more is not a number that JSON can hold.
@@ -34,7 +35,7 @@ def read_sequences(
     """
     check_input_files([path])
     sequences = []
-    with open_lines(path) as (stream, _):
+    with open_stream(path) as (stream, _):
         for number, line in enumerate(iterate_lines(stream, path), start=1):
             where = f"{path} line {number}"
             ids = _line_ids(parse_object(line, "the field 'text' or 'ids'", path, number), tokenizer, where)

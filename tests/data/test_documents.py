@@ -3,7 +3,10 @@
 import gzip
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.documents import check_input_files, read_documents
@@ -50,3 +53,22 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="the file is empty"):
         check_input_files([tmp_path / "empty.jsonl"])
+
+
+def test_parquet_and_plain_text_read_like_json_lines(tmp_path: Path) -> None:
+    texts = ["第一段\n第二段", "", "another"]
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), tmp_path / "a.parquet")
+    assert list(read_documents(tmp_path / "a.parquet", "text")) == texts
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress("第一段\nanother".encode()))
+    assert list(read_documents(tmp_path / "a.txt.zst", "text")) == ["第一段\n", "another"]
+
+
+def test_bad_parquet_is_named(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column 'content' \(--json-key\); columns here: 'text'"):
+        list(read_documents(tmp_path / "a.parquet", "content"))
+    with pytest.raises(UserError, match=r"a\.parquet row 1: field 'text' must be a string, got NoneType"):
+        list(read_documents(tmp_path / "a.parquet", "text"))
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cut\.parquet: not Parquet, or damaged"):
+        list(read_documents(tmp_path / "cut.parquet", "text"))

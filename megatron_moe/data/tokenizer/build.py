@@ -12,7 +12,8 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.documents import check_input_files, iterate_lines, open_lines, parse_document
+from megatron_moe.data.documents import check_input_files, parse_document
+from megatron_moe.data.files import iterate_lines, open_stream
 
 END_OF_DOCUMENT = "<eod>"
 # Control symbols, not user-defined ones: text that spells "<eod>" must not become the end of a document.
@@ -163,7 +164,7 @@ def _lines(text: str) -> Iterator[str]:
 
 def _texts(path: Path, json_key: str) -> Iterator[str]:
     plain = path.name.removesuffix(".gz").endswith(".txt")
-    with open_lines(path) as (stream, _):
+    with open_stream(path) as (stream, _):
         for number, line in enumerate(iterate_lines(stream, path), start=1):
             if not plain:
                 yield parse_document(line, json_key, path, number)
