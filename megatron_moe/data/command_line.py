@@ -1,10 +1,13 @@
-"""What the data tools' command lines share: a strict argument parser and one-line errors."""
+"""What the data tools' command lines share: a strict argument parser, progress bars and one-line errors."""
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Never, NoReturn
+
+from tqdm import tqdm
 
 from megatron_moe.config.base import UserError
 
@@ -46,6 +49,40 @@ class ToolParser(argparse.ArgumentParser):
         name = word.split("=")[0]
         near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
         return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The flag `--workers`, the same for every tool: the number of processes never changes what is written."""
+    parser.add_argument(
+        "--workers",
+        type=_at_least_one,
+        default=_cores(),
+        metavar="N",
+        help="processes; the output is the same for any number (default: the cores of this machine, %(default)s)",
+    )
+
+
+def _at_least_one(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be a whole number, at least 1")
+    return int(word)
+
+
+def _cores() -> int:
+    # Not os.cpu_count(): a container or Slurm may have given this process fewer.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def byte_progress(total_bytes: int, description: str, shown: bool | None = None) -> "tqdm[Never]":
+    """A progress bar over bytes with rate and time left, on standard error.
+
+    Args:
+        total_bytes: bytes of the input on disk, compressed where it is.
+        description: what is being done, in one or two words.
+        shown: whether to draw it; by default only on a terminal.
+    """
+    disable = None if shown is None else not shown
+    return tqdm(total=total_bytes, desc=description, unit="B", unit_scale=True, disable=disable, dynamic_ncols=True)
 
 
 def run_tool(main: Callable[[Sequence[str] | None], None]) -> NoReturn:

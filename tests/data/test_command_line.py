@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_moe.data.command_line import ToolParser
+from megatron_moe.data.command_line import ToolParser, add_workers, byte_progress
 
 
 def test_abbreviations_and_typing_errors_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,3 +16,23 @@ def test_abbreviations_and_typing_errors_are_refused(capsys: pytest.CaptureFixtu
         errors = capsys.readouterr().err
         assert errors.startswith(f"error: unknown flag {word.split('=')[0]}; did you mean --output-prefix?")
         assert errors.count("\n") == 1
+
+
+def test_workers_must_be_a_number_from_one() -> None:
+    parser = ToolParser("doc")
+    add_workers(parser)
+    assert parser.parse_tool_args([]).workers >= 1
+    assert parser.parse_tool_args(["--workers", "3"]).workers == 3
+    for word in ("0", "-1", "two", "1.5"):
+        with pytest.raises(SystemExit):
+            parser.parse_tool_args([f"--workers={word}"])
+
+
+def test_the_bar_shows_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with byte_progress(2_000_000, "cleaning", shown=True) as bar:
+        bar.update(1_000_000)
+        bar.refresh()
+    shown = capsys.readouterr().err
+    assert "cleaning" in shown
+    assert "B/s" in shown
+    assert "1.00M/2.00M" in shown

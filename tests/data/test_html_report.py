@@ -1,0 +1,65 @@
+"""The page is well-formed, escapes what it shows, needs nothing from outside, and its bars have the right lengths."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from megatron_moe.data.html_report import Page
+
+NASTY = "<script>alert(1)</script> & \"quoted\" '一' \x00 \ufffe"
+
+
+class Balance(HTMLParser):
+    """Every opened element is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in ("meta", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "rect":
+            assert self.open.pop() == tag
+
+
+def full_page() -> str:
+    page = Page(NASTY, NASTY).section(NASTY, NASTY).table([NASTY, "n"], [[NASTY, 1234567], ["x", 0.123456]])
+    page.bars(NASTY, [NASTY, "b"], [1, 2.5], NASTY, second=[2, 0], names=("before", "after"))
+    return page.before_after(NASTY, [(NASTY, NASTY), (NASTY, None)]).texts(NASTY, [NASTY]).render()
+
+
+def test_the_page_is_whole_and_escapes_everything() -> None:
+    html = full_page()
+    balance = Balance()
+    balance.feed(html)
+    assert not balance.open
+    assert {"svg", "table", "details", "pre"} <= balance.seen
+    assert "script" not in balance.seen
+    assert not re.search(r"(src|href|url)\s*[=(]", html)
+    assert "\0" not in html
+    assert "␀" in html
+    assert "1,234,567" in html
+    assert "0.1235" in html
+
+
+def test_bars_are_in_proportion() -> None:
+    html = Page("t").bars("c", ["a", "b", "c"], [4, 2, 0]).render()
+    a, b, c = (float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', html))
+    assert a == pytest.approx(2 * b)
+    assert a > 100
+    assert c == 0
+
+
+def test_labels_and_values_must_fit() -> None:
+    with pytest.raises(ValueError, match="2 labels"):
+        Page("t").bars("c", ["a", "b"], [1])
+
+
+def test_a_chart_without_values_is_drawn() -> None:
+    assert "<svg" in Page("t").bars("c", [], []).render()
