@@ -4,7 +4,6 @@ No other module opens a compressed file or gives a finished file its name.
 """
 
 import contextlib
-import gzip
 import importlib
 import io
 import os
@@ -20,8 +19,11 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 # What tools write beside data: a folder of theirs can be the input of the next tool as it is.
 TOOL_FILES = frozenset({"report.json", "timings.json", "sample.json", "quarantine.jsonl"})
-# Compressed bytes given to zstd at a time. A 4-byte block can stand for 128 KiB, so this also bounds memory: 64 MiB.
-_ZSTD_FEED = 2048
+# Compressed bytes decompressed at a time. A 4-byte block of zstd can stand for 128 KiB, so this also bounds memory:
+# 64 MiB.
+_FEED = 2048
+# zlib's code for "gzip members, with their checksums".
+_GZIP = 16 + zlib.MAX_WBITS
 _BUFFER = 1 << 20
 
 
@@ -31,13 +33,14 @@ def base_suffix(path: Path) -> str:
     return name.suffix.lower()
 
 
-def expand_inputs(paths: Sequence[Path], flag: str = "--input") -> list[Path]:
+def expand_inputs(paths: Sequence[Path], flag: str = "--input", allow_empty: bool = False) -> list[Path]:
     """The data files that files and folders stand for.
 
     Args:
         paths: files, taken as they are and in this order; folders, replaced by the data files below them in the
             order of their paths. In folders, hidden files and reports of our own tools are left out.
         flag: where the paths came from, for errors.
+        allow_empty: take files without a byte too, for who reports them elsewhere.
 
     Raises:
         UserError: a path is missing, a file is empty, a folder holds no data file, a file is named twice.
@@ -56,7 +59,7 @@ def expand_inputs(paths: Sequence[Path], flag: str = "--input") -> list[Path]:
             raise UserError(f"{flag} {path}: no such file or folder")
     seen: set[Path] = set()
     for path in found:
-        if path.stat().st_size == 0:
+        if path.stat().st_size == 0 and not allow_empty:
             raise UserError(f"{flag} {path}: the file is empty")
         if path.resolve() in seen:
             raise UserError(f"{flag} {path}: is given twice")
@@ -73,13 +76,18 @@ def _data_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def open_stream(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def open_stream(path: Path, compression: str | None = None) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """Open a plain, gzip- or zstd-compressed file for reading.
+
+    Args:
+        path: the file.
+        compression: `.gz`, `.zst` or an empty string; by default what the file's name ends with.
 
     Yields:
         The stream of its (uncompressed) bytes, and a function that says how many bytes of the file on disk
         were read so far, which is what a progress bar can compare with the file's size. Reading a damaged or
-        cut compressed file raises EOFError, OSError or zlib.error, see `DAMAGED`.
+        cut compressed file raises EOFError, OSError or zlib.error, see `DAMAGED`; `read1` gives all that stands
+        before the damage.
 
     Raises:
         UserError: the file cannot be opened, or zstandard is needed and missing.
@@ -89,12 +97,13 @@ def open_stream(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     with raw:
-        suffix = path.suffix.lower()
+        suffix = path.suffix.lower() if compression is None else compression
         if suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw) as packed:
-                yield io.BufferedReader(packed, _BUFFER), raw.tell
+            yield io.BufferedReader(_FrameReader(raw, lambda: zlib.decompressobj(_GZIP), zlib.error), _BUFFER), raw.tell
         elif suffix == ".zst":
-            yield io.BufferedReader(_ZstdReader(raw, path), _BUFFER), raw.tell
+            zstandard = require_package("zstandard", path)
+            new_frame = zstandard.ZstdDecompressor().decompressobj
+            yield io.BufferedReader(_FrameReader(raw, new_frame, zstandard.ZstdError), _BUFFER), raw.tell
         else:
             yield raw, raw.tell
 
@@ -103,17 +112,17 @@ def open_stream(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 DAMAGED = (EOFError, OSError, zlib.error)
 
 
-class _ZstdReader(io.RawIOBase):
-    """The decompressed bytes of one or more zstd frames; a cut one is an EOFError, which zstandard's own reader hides.
+class _FrameReader(io.RawIOBase):
+    """The decompressed bytes of gzip members or zstd frames, up to the very byte where they are damaged or cut.
 
-    A skippable or empty frame gives nothing; what follows the last frame must be another frame.
+    Python's own readers lose up to a buffer before the damage, and zstandard's hides that a file was cut. A skippable
+    or empty frame gives nothing; what follows the last one must be another, or zeros (tapes pad with them).
     """
 
-    def __init__(self, raw: IO[bytes], path: Path) -> None:
-        zstandard = require_package("zstandard", path)
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any], error: type[Exception]) -> None:
         self._raw = raw
-        self._error: type[Exception] = zstandard.ZstdError
-        self._new_frame: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._error = error
+        self._new_frame = new_frame
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
@@ -126,7 +135,7 @@ class _ZstdReader(io.RawIOBase):
         """Fill a buffer as far as there are bytes at hand; 0 at the end of the file."""
         while not self._output:
             if not self._input:
-                self._input = self._raw.read(_ZSTD_FEED)
+                self._input = self._raw.read(_FEED)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the compressed data end in the middle of a frame")
@@ -139,11 +148,14 @@ class _ZstdReader(io.RawIOBase):
 
     def _decompress(self) -> None:
         if self._frame is None:
+            self._input = self._input.lstrip(b"\0")
+            if not self._input:
+                return
             self._frame = self._new_frame()
         try:
             self._output = memoryview(self._frame.decompress(self._input))
         except self._error as error:
-            raise OSError(f"damaged zstd data ({error})") from error
+            raise OSError(f"damaged compressed data ({error})") from error
         self._input = b""
         if self._frame.eof:
             self._input = self._frame.unused_data

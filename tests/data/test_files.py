@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,14 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(UserError, match=r"a\.zst: needs the package zstandard; pip install 'megatron_moe\[data\]'"):
         require_package("zstandard", "a.zst")
+
+
+def test_a_cut_gzip_gives_every_byte_that_stands_before_the_cut(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(50_000)
+    path = tmp_path / "part.json"
+    path.write_bytes(gzip.compress(content)[:40_000])
+    read = []
+    with open_stream(path, ".gz") as (stream, _), pytest.raises(EOFError):
+        read.extend(iter(lambda: stream.read1(1 << 20), b""))  # type: ignore[attr-defined]
+    assert len(b"".join(read)) > 39_900
+    assert content.startswith(b"".join(read))
