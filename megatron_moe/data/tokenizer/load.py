@@ -8,12 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.tokenizer.build import END_OF_DOCUMENT
+
+# Many texts' ids: [sum(lengths)] one after the other, and [texts] how many each text has.
+IdBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 # In a checkpoint: says which kind lies beside it.
 _DESCRIPTION = "megatron_moe_tokenizer.json"
@@ -57,6 +62,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any added symbol."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> IdBatch:
+        """The ids that `encode` gives for each of many texts, as arrays and without a Python list in between."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -115,6 +124,12 @@ class SentencePieceTokenizer:
             ids += self._mark_ids
             ids += self._processor.encode(part)
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> IdBatch:
+        """Ids of many texts; SentencePiece hands them over as buffers, which costs less than lists of numbers."""
+        if self._can_spell_mark and any(_SPACE_MARK in text for text in texts):
+            return join_ids([self.encode(text) for text in texts])
+        return join_ids(self._processor.encode_as_numpy(list(texts), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control symbols give nothing, bytes that are no UTF-8 give U+FFFD."""
@@ -180,6 +195,16 @@ class HuggingFaceTokenizer:
         """Ids of a text without special symbols."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_batch(self, texts: Sequence[str]) -> IdBatch:
+        """Ids of many texts."""
+        if not texts:
+            return join_ids([])
+        return join_ids(
+            self._tokenizer(
+                list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+            )["input_ids"]
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special symbols give nothing."""
         _check_ids(ids, self.vocab_size)
@@ -221,6 +246,10 @@ class NullTokenizer:
             ids.append(int(word))
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> IdBatch:
+        """Ids of many texts; raises what `encode` raises."""
+        return join_ids([self.encode(text) for text in texts])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The ids as text, documents' ends left out."""
         _check_ids(ids, self.vocab_size)
@@ -229,6 +258,13 @@ class NullTokenizer:
     def save_to(self, directory: Path) -> None:
         """Write the description."""
         _describe(directory, {"tokenizer_type": type(self).__name__, "vocab_size": self.vocab_size})
+
+
+def join_ids(rows: Sequence[Sequence[int] | npt.NDArray[np.int32]]) -> IdBatch:
+    """Rows of ids as `encode_batch` returns them."""
+    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+    arrays = [np.asarray(row, np.int32) for row in rows]
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int32), lengths
 
 
 def load_tokenizer(data: DataConfig, vocab_size: int | None = None) -> Tokenizer:

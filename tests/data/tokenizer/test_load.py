@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,19 @@ def test_any_text_comes_back_as_it_was(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= index < tokenizer.vocab_size for index in ids)
 
 
+def check_batch(tokenizer: Tokenizer, texts: list[str]) -> None:
+    ids, lengths = tokenizer.encode_batch(texts)
+    expected = [tokenizer.encode(text) for text in texts]
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int32)
+    assert lengths.tolist() == list(map(len, expected))
+    assert ids.tolist() == [index for row in expected for index in row]
+
+
+def test_a_batch_has_the_ids_of_its_texts(tokenizer: Tokenizer) -> None:
+    for texts in ([], ["好", "", "再见\n"], TRICKY, TRICKY[:3]):
+        check_batch(tokenizer, texts)
+
+
 def test_the_end_of_a_document_shows_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.pieces[tokenizer.eod] == "<eod>"
     assert len(tokenizer.pieces) == tokenizer.vocab_size == 860
@@ -82,6 +96,8 @@ def test_hugging_face_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.eod not in ids
     assert tokenizer.decode([*ids, tokenizer.eod]) == text
     assert tokenizer.pieces[tokenizer.eod] == "<|end|>"
+    check_batch(tokenizer, [text, "", "天气\u2581 <|end|>"])
+    check_batch(tokenizer, [])
     tokenizer.save_to(tmp_path / "saved")
     again = load_saved_tokenizer(tmp_path / "saved")
     assert again.encode(text) == ids
@@ -92,6 +108,7 @@ def test_null_tokenizer() -> None:
     tokenizer = load_tokenizer(DataConfig(tokenizer_type="NullTokenizer"), vocab_size=100)
     assert (tokenizer.vocab_size, tokenizer.eod) == (100, 99)
     assert tokenizer.encode("3 17 5") == [3, 17, 5]
+    check_batch(tokenizer, ["3 17 5", "", "99"])
     assert tokenizer.decode([3, 17, 99]) == "3 17"
     for text in ("100", "-1", "你"):
         with pytest.raises(UserError, match="is not an id from 0 to 99"):
