@@ -9,7 +9,6 @@ Needs matplotlib: pip install matplotlib
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.files import atomic_file
 from megatron_moe.data.rows import Row, counts, number, read_rows
 
 if TYPE_CHECKING:
@@ -216,15 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loads_path = args.run / "expert_load.jsonl"
     layers = loads_by_layer(read_rows(loads_path), loads_path) if loads_path.exists() else {}
     figure = draw(metrics, layers, args.run.resolve().name, args.unigram_entropy)
-    temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        temporary.replace(args.output)
-    except OSError as error:
-        raise UserError(f"--output {args.output}: cannot write: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(args.output, f"--output {args.output}") as stream:
+        figure.savefig(stream, format="png")
     print(f"{args.output}: {len(series(metrics, 'lm_loss')[0])} steps, {len(layers)} MoE layers")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.config.base import UserError
+from megatron_moe.data.files import atomic_file
 
 
 def check_output(output: str, *inputs: str) -> None:
@@ -39,18 +40,8 @@ def write_text(output: str, lines: Iterable[str]) -> None:
     Raises:
         UserError: it cannot be written, as on a full disk.
     """
-    path = Path(output)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise disk_error(f"--output {output}", error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(Path(output), f"--output {output}") as stream:
+        stream.writelines(line.encode("utf-8") for line in lines)
 
 
 def json_line(row: dict[str, Any]) -> str:
