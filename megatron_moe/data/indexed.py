@@ -11,25 +11,20 @@ throughout:
 Here a document is one sequence, so D = S + 1. A prefix is the common path of both files without an ending.
 """
 
-import contextlib
 import errno
-import os
 import struct
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.config.base import UserError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_CODE_OF_DTYPE = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
-_DTYPE_OF_CODE = {
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODE_OF_DTYPE = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_OF_CODE = {
     code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
 # Below this vocabulary size Megatron stores uint16 (`DType.optimal_dtype` in indexed_dataset.py).
@@ -51,96 +46,6 @@ def idx_path(prefix: str | Path) -> Path:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The type Megatron stores token ids in: uint16 where it is enough, otherwise int32."""
     return np.dtype(np.uint16) if vocab_size < _UINT16_VOCABULARY else np.dtype(np.int32)
-
-
-class IndexedWriter:
-    """Writes a pair under temporary names and shows it under `prefix` only when it is complete.
-
-    Use it as a context manager; leaving it by an exception removes what was written and leaves an earlier
-    pair of that prefix as it was.
-
-    Args:
-        prefix: path of the pair without ending; missing folders are made.
-        dtype: uint16 or int32, see `token_dtype`.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self._prefix = prefix
-        self._dtype = np.dtype(dtype)
-        self._code = _CODE_OF_DTYPE[self._dtype]
-        self._lengths = array("i")
-        suffix = f".{os.getpid()}.tmp"
-        self._bin_tmp = Path(f"{bin_path(prefix)}{suffix}")
-        self._idx_tmp = Path(f"{idx_path(prefix)}{suffix}")
-        try:
-            self._bin_tmp.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._bin_tmp.open("wb")
-        except OSError as error:
-            raise UserError(f"{bin_path(prefix)}: cannot write there: {error.strerror}") from error
-
-    def add(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> None:
-        """Append documents.
-
-        Args:
-            tokens: [sum(lengths)] the ids of all documents one after the other, already of the pair's dtype.
-            lengths: [documents] tokens in each.
-        """
-        if tokens.dtype != self._dtype or int(lengths.sum()) != tokens.size:
-            raise ValueError(
-                f"expected {int(lengths.sum())} tokens of {self._dtype}, got {tokens.size} of {tokens.dtype}"
-            )
-        try:
-            self._stream.write(tokens.tobytes())
-        except OSError as error:
-            raise disk_error(str(bin_path(self._prefix)), error) from error
-        self._lengths.extend(lengths.tolist())
-
-    def close(self) -> None:
-        """Write the index and give the pair its names.
-
-        An index is what makes a pair exist, and two renames are not one step: so the old index goes first and
-        the new one comes last, and at no moment does an index stand beside a token file it does not describe.
-        """
-        self._sync(self._stream)
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        offsets = (ends - lengths) * self._dtype.itemsize
-        with self._idx_tmp.open("wb") as stream:
-            stream.write(_HEADER.pack(_MAGIC, 1, self._code, len(lengths), len(lengths) + 1))
-            stream.write(lengths.tobytes())
-            stream.write(offsets.astype(np.int64).tobytes())
-            stream.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            self._sync(stream)
-        idx_path(self._prefix).unlink(missing_ok=True)
-        self._bin_tmp.replace(bin_path(self._prefix))
-        self._idx_tmp.replace(idx_path(self._prefix))
-
-    @staticmethod
-    def _sync(stream: BinaryIO) -> None:
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close()
-        except OSError as problem:
-            raise disk_error(str(bin_path(self._prefix)), problem) from problem
-        finally:
-            # Closing tries once more what a failed write has left in the buffer.
-            with contextlib.suppress(OSError):
-                self._stream.close()
-            self._bin_tmp.unlink(missing_ok=True)
-            self._idx_tmp.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -190,25 +95,25 @@ def _open(prefix: str | Path, flag: str) -> IndexedFile:
     index, tokens = idx_path(prefix), bin_path(prefix)
     size = index.stat().st_size
     with index.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise UserError(f"{flag} {prefix}: {index} is not a Megatron index; run tools/preprocess_data.py again")
-    _, version, code, sequences, marks = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPE_OF_CODE:
+    _, version, code, sequences, marks = HEADER.unpack(header)
+    if version != 1 or code not in DTYPE_OF_CODE:
         raise UserError(f"{flag} {prefix}: {index} has version {version} and dtype code {code}; known: 1, and 1-8")
-    needed = _HEADER.size + 12 * sequences + 8 * marks
+    needed = HEADER.size + 12 * sequences + 8 * marks
     # Multimodal indices carry one more byte a sequence, which text training ignores.
     if size not in (needed, needed + sequences):
         raise UserError(
             f"{flag} {prefix}: {index} holds {size} bytes but announces {needed}; it was cut short or "
             "damaged, run tools/preprocess_data.py again"
         )
-    dtype = _DTYPE_OF_CODE[code]
+    dtype = DTYPE_OF_CODE[code]
     if dtype.kind not in "iu":
         raise UserError(f"{flag} {prefix}: {index} stores {dtype}; token files hold integers")
     if sequences == 0:
         raise UserError(f"{flag} {prefix}: the pair holds no documents")
-    body = np.memmap(index, mode="r", offset=_HEADER.size)
+    body = np.memmap(index, mode="r", offset=HEADER.size)
     lengths = body[: 4 * sequences].view("<i4")
     offsets = body[4 * sequences : 12 * sequences].view("<i8")
     document_starts = body[12 * sequences : 12 * sequences + 8 * marks].view("<i8")

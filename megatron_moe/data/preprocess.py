@@ -16,7 +16,8 @@ from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.documents import check_input_files, parse_document
 from megatron_moe.data.files import iterate_lines, open_stream
-from megatron_moe.data.indexed import IndexedWriter, token_dtype
+from megatron_moe.data.indexed import token_dtype
+from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
 
 # Large enough that passing a chunk to a process costs little, small enough that a few fit in memory many

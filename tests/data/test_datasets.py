@@ -15,7 +15,7 @@ from megatron_moe.config.data import DataConfig
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.datasets import Batch, build_data_iterator, build_datasets, build_eval_iterator
-from megatron_moe.data.indexed import IndexedWriter
+from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.data.tokenizer.load import NullTokenizer
 
 SEQ = 16

@@ -10,7 +10,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, token_dtype
+from megatron_moe.data.indexed import bin_path, idx_path, open_indexed, token_dtype
+from megatron_moe.data.indexed_writer import IndexedWriter
 
 DOCUMENTS = [[1, 2, 3], [7], list(range(50)), [65499, 0]]
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.indexed import IndexedWriter, open_indexed
+from megatron_moe.data.indexed import open_indexed
+from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.data.stats import check_token_range, token_counts, unigram_cross_entropy, unigram_entropy
 
 

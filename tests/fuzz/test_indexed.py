@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed
+from megatron_moe.data.indexed import bin_path, idx_path, open_indexed
+from megatron_moe.data.indexed_writer import IndexedWriter
 from tests.helpers.fuzzing import EDGES, Guard, check_message, damaged, examples, in_child
 from tests.helpers.tiny import tiny_run
 

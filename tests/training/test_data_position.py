@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.indexed import IndexedWriter
+from megatron_moe.data.indexed_writer import IndexedWriter
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import tiny_run
 from tests.helpers.training import build_trainer, record_curve
