@@ -1,0 +1,191 @@
+"""Documents that hold text of evaluation sets: n-grams of units, 13 by default, found by hash and compared exactly.
+
+Units are characters of Chinese and words of English, without punctuation, space, case and width (see `units`). Every
+n-gram of a batch of documents is looked up in a bitmap, what is found there in a sorted array, and what is found there
+is compared unit by unit, so a collision of hashes never drops a document.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.config.base import UserError
+from megatron_moe.data.dedup.config import Decontamination
+from megatron_moe.data.dedup.evaluation import evaluation_texts
+from megatron_moe.data.dedup.units import U64, Units, fold_version, grams_of, unit_strings, units_of
+
+# Entries of the prefilter per n-gram of the evaluation sets, at least: so many unrelated n-grams for one let through.
+_SPARSE = 16
+_CHARACTERS_AT_ONCE = 150_000
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """Why a document counts as contaminated."""
+
+    file: str
+    """The evaluation file with the first run found."""
+    run: str
+    """The first run found, folded, words separated by spaces."""
+    hits: int
+    """Different runs of the document found in any evaluation set."""
+    share: float
+    """Places of the document at which such a run begins, of all places."""
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.run}"
+
+
+@dataclass(slots=True)
+class EvaluationFile:
+    """What was read from one evaluation file, for the report."""
+
+    name: str
+    sha256: str
+    texts: int = 0
+    runs: int = 0
+    short: int = 0
+    """Texts with fewer units than a run: see `Decontamination.short`."""
+    empty: int = 0
+    """Texts without any unit, such as a lone punctuation mark: never compared."""
+
+
+class Decontaminator:
+    """Finds documents that share runs of units with evaluation sets.
+
+    Args:
+        options: the evaluation files and what counts as contaminated.
+
+    Raises:
+        UserError: a file cannot be read or holds no text.
+    """
+
+    def __init__(self, options: Decontamination) -> None:
+        self.options = options
+        self.files: list[EvaluationFile] = []
+        self._texts: list[str] = []
+        self._file_of_text: list[int] = []
+        self._short: dict[tuple[str, ...], int] = {}
+        hashes: list[U64] = []
+        sources: list[npt.NDArray[np.int64]] = []
+        for name in options.files:
+            self._read(Path(name), hashes, sources)
+        joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+        self._hashes, first = np.unique(joined, return_index=True)
+        self._sources = np.concatenate(sources)[first] if sources else np.zeros((0, 2), np.int64)
+        bits = max(10, (len(self._hashes) * _SPARSE).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._filter = np.zeros(1 << bits, dtype=bool)
+        self._filter[self._hashes >> self._shift] = True
+        self._units_of_text = functools.lru_cache(maxsize=1024)(lambda text: unit_strings(self._texts[text]))
+
+    def _read(self, path: Path, hashes: list[U64], sources: list[npt.NDArray[np.int64]]) -> None:
+        """Add the runs of one file."""
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"evaluation file {path}: cannot be read: {error.strerror or error}") from error
+        file = EvaluationFile(path.name, digest)
+        texts = list(evaluation_texts(path, self.options.fields))
+        units = units_of(texts)
+        grams = grams_of(units, self.options.ngram)
+        first_text = len(self._texts)
+        hashes.append(grams.hashes)
+        # Where the run stands: which text, and at which unit of it.
+        sources.append(np.stack([grams.document + first_text, grams.positions - units.offsets[grams.document]], axis=1))
+        file.texts, file.runs = len(texts), len(grams.hashes)
+        for text, count in zip(texts, units.counts().tolist(), strict=True):
+            if count == 0:
+                file.empty += 1
+            elif count < self.options.ngram:
+                file.short += 1
+                if self.options.short == "equal":
+                    self._short.setdefault(tuple(unit_strings(text)), len(self.files))
+        self._texts += texts
+        self._file_of_text += [len(self.files)] * len(texts)
+        self.files.append(file)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the result: the options, the contents of the files in order, the folding."""
+        fixed = {**dataclasses.asdict(self.options), "files": [(file.name, file.sha256) for file in self.files]}
+        return hashlib.sha256(json.dumps([fixed, fold_version()], sort_keys=True).encode()).hexdigest()
+
+    def contaminated(self, text: str) -> str | None:
+        """Which evaluation file and which run a document holds; None for a clean one."""
+        found = self.find([text])[0]
+        return None if found is None else str(found)
+
+    def find(self, texts: Sequence[str]) -> list[Contamination | None]:
+        """The same for a batch of documents, which is several times faster for short ones."""
+        result: list[Contamination | None] = [None] * len(texts)
+        begin = characters = 0
+        for index, text in enumerate(texts):
+            characters += len(text)
+            if characters >= _CHARACTERS_AT_ONCE or index == len(texts) - 1:
+                self._find(texts[begin : index + 1], begin, result)
+                begin, characters = index + 1, 0
+        return result
+
+    def _find(self, texts: Sequence[str], begin: int, result: list[Contamination | None]) -> None:
+        units = units_of(texts)
+        grams = grams_of(units, self.options.ngram)
+        if self._short:
+            self._find_short(texts, units, begin, result)
+        passed = np.flatnonzero(self._filter[grams.hashes >> self._shift])
+        place = np.searchsorted(self._hashes, grams.hashes[passed])
+        # Only what the filter let through is looked up, so there is at least one entry when there is anything here.
+        equal = self._hashes[np.minimum(place, len(self._hashes) - 1)] == grams.hashes[passed] if len(passed) else []
+        passed, place = passed[equal], place[equal]
+        if not len(passed):
+            return
+        documents = grams.document[passed]
+        starts = grams.positions[passed] - units.offsets[documents]
+        cuts = np.flatnonzero(np.diff(documents, prepend=-1)).tolist()
+        for first, last in zip(cuts, [*cuts[1:], len(documents)], strict=True):
+            document = int(documents[first])
+            result[begin + document] = self._judge(
+                texts[document], starts[first:last].tolist(), place[first:last].tolist(), int(grams.counts[document])
+            )
+
+    def _judge(self, text: str, starts: list[int], places: list[int], runs: int) -> Contamination | None:
+        """Compare what the hashes found with the evaluation texts, and apply the options."""
+        strings = unit_strings(text)
+        ngram = self.options.ngram
+        real: list[tuple[int, int]] = []
+        for start, place in zip(starts, places, strict=True):
+            source, position = self._sources[place].tolist()
+            if strings[start : start + ngram] == self._units_of_text(source)[position : position + ngram]:
+                real.append((start, place))
+        hits = len({place for _, place in real})
+        share = len(real) / runs
+        if not real or hits < self.options.hits or share < self.options.share:
+            return None
+        start, place = real[0]
+        file = self.files[self._file_of_text[int(self._sources[place][0])]]
+        return Contamination(file.name, _readable(strings[start : start + ngram]), hits, share)
+
+    def _find_short(self, texts: Sequence[str], units: Units, begin: int, result: list[Contamination | None]) -> None:
+        """Documents that are, as a whole, an evaluation text of fewer units than a run."""
+        for document in np.flatnonzero(units.counts() < self.options.ngram).tolist():
+            strings = unit_strings(texts[document])
+            file = self._short.get(tuple(strings))
+            if file is not None:
+                result[begin + document] = Contamination(self.files[file].name, _readable(strings), 1, 1.0)
+
+
+def _readable(units: Sequence[str]) -> str:
+    """Units as text: no space between Han characters, one beside words."""
+    pieces: list[str] = []
+    for index, unit in enumerate(units):
+        if index and (unit.isascii() or units[index - 1].isascii()):
+            pieces.append(" ")
+        pieces.append(unit)
+    return "".join(pieces)
