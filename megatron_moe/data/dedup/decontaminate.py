@@ -19,11 +19,10 @@ import numpy.typing as npt
 from megatron_moe.config.base import UserError
 from megatron_moe.data.dedup.config import Decontamination
 from megatron_moe.data.dedup.evaluation import evaluation_texts
-from megatron_moe.data.dedup.units import U64, Units, fold_version, grams_of, unit_strings, units_of
+from megatron_moe.data.dedup.units import U64, Units, fold_version, grams_of, pieces_of, unit_strings, units_of
 
 # Entries of the prefilter per n-gram of the evaluation sets, at least: so many unrelated n-grams for one let through.
 _SPARSE = 16
-_CHARACTERS_AT_ONCE = 150_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +125,10 @@ class Decontaminator:
     def find(self, texts: Sequence[str]) -> list[Contamination | None]:
         """The same for a batch of documents, which is several times faster for short ones."""
         result: list[Contamination | None] = [None] * len(texts)
-        begin = characters = 0
-        for index, text in enumerate(texts):
-            characters += len(text)
-            if characters >= _CHARACTERS_AT_ONCE or index == len(texts) - 1:
-                self._find(texts[begin : index + 1], begin, result)
-                begin, characters = index + 1, 0
+        begin = 0
+        for piece in pieces_of(texts):
+            self._find(piece, begin, result)
+            begin += len(piece)
         return result
 
     def _find(self, texts: Sequence[str], begin: int, result: list[Contamination | None]) -> None:

@@ -20,13 +20,11 @@ from megatron_moe.config.base import UserError
 from megatron_moe.data.dedup.config import NearDedup
 from megatron_moe.data.dedup.container import broken, checksum, opened, read_array, write_end, write_header
 from megatron_moe.data.dedup.minhash import minhash, odd_numbers
-from megatron_moe.data.dedup.units import I64, U64, fold_version, grams_of, mix, units_of
+from megatron_moe.data.dedup.units import I64, U64, fold_version, grams_of, mix, pieces_of, units_of
 from megatron_moe.data.files import atomic_file
 
 KIND = "signatures"
 GROUP = 65536
-# Characters hashed at once: the arrays stay in the cache. It does not change the result.
-_CHARACTERS_AT_ONCE = 150_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class Signer:
     def sign(self, texts: Sequence[str]) -> Signatures:
         """The signatures of the texts as they are; the exact key is of the very text, in UTF-8."""
         exact = exact_keys(texts)
-        pieces = [self._sign_near(piece) for piece in _pieces(texts)] if self.near else []
+        pieces = [self._sign_near(piece) for piece in pieces_of(texts)] if self.near else []
         bands, width = (self.near.bands, self.near.permutations) if self.near else (0, 0)
         if not pieces:
             pieces = [
@@ -94,17 +92,6 @@ class Signer:
 
 def _no_sketch(texts: Sequence[str], width: int) -> npt.NDArray[np.uint8]:
     return np.zeros((len(texts), width), np.uint8)
-
-
-def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    begin, characters = 0, 0
-    for index, text in enumerate(texts):
-        characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
-            yield texts[begin : index + 1]
-            begin, characters = index + 1, 0
-    if begin < len(texts):
-        yield texts[begin:]
 
 
 def exact_keys(texts: Sequence[str]) -> U64:

@@ -7,7 +7,7 @@ a 13-gram of English is 13 words, not two. No Python object is made per unit: a 
 
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ _PLAIN_BLOCKS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x20000,
 _MURMUR = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 _IN_WORD = 0x9E3779B97F4A7C15
 _IN_GRAM = 0xD6E8FEB86659FD93
-_MASK = (1 << 64) - 1
+# glibc takes arrays of 128 KiB and more from fresh pages: 15,000 numbers of 8 bytes stay below.
+_CHARACTERS_AT_ONCE = 15_000
 
 
 @functools.cache
@@ -84,6 +85,21 @@ class Units:
     def counts(self) -> I64:
         """How many units each document has."""
         return np.diff(self.offsets)
+
+
+def pieces_of(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cut a batch so that the arrays of a piece stay in the cache and below the allocator's limit for fresh pages.
+
+    Larger pieces spend half of their time on page faults. The cut does not change any result.
+    """
+    begin = characters = 0
+    for index, text in enumerate(texts):
+        characters += len(text)
+        if characters >= _CHARACTERS_AT_ONCE:
+            yield texts[begin : index + 1]
+            begin, characters = index + 1, 0
+    if begin < len(texts):
+        yield texts[begin:]
 
 
 def units_of(texts: Sequence[str]) -> Units:
