@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, BinaryIO, Self
+from typing import IO, BinaryIO, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,14 @@ from megatron_moe.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, bin_path, id
 
 # Bytes copied from file to file at a time.
 _COPY = 1 << 22
+
+
+class Readable(Protocol):
+    """What tokens can be copied from."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, at most `size`."""
+        ...
 
 
 class IndexedWriter:
@@ -75,7 +83,7 @@ class IndexedWriter:
 
     def add_stored(
         self,
-        source: BinaryIO,
+        source: Readable,
         lengths: npt.NDArray[np.integer],
         documents: npt.NDArray[np.integer] | None = None,
     ) -> None:
@@ -155,7 +163,7 @@ class IndexedWriter:
             self._idx_tmp.unlink(missing_ok=True)
 
 
-def copy_bytes(source: IO[bytes], target: IO[bytes], count: int) -> None:
+def copy_bytes(source: Readable, target: IO[bytes], count: int) -> None:
     """Copy so many bytes from one file's position to another's.
 
     Raises:

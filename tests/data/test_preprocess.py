@@ -6,9 +6,8 @@ import pytest
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
-from megatron_moe.data import preprocess as module
 from megatron_moe.data.indexed import bin_path, idx_path, open_indexed
-from megatron_moe.data.preprocess import Preprocessing, preprocess
+from megatron_moe.data.preprocess import Preprocessing, lines, preprocess, tasks
 from megatron_moe.data.tokenizer.load import SentencePieceTokenizer
 from tests.data.chinese_text import documents, write_jsonl
 
@@ -20,7 +19,8 @@ def job(tokenizer_model: Path) -> Preprocessing:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(tasks, "_SMALL_PIECE", 2000)
+    monkeypatch.setattr(lines, "_BLOCK", 700)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -37,9 +37,9 @@ def test_ids_are_the_tokenizer_s_with_an_end_after_every_document(
     pair = open_indexed(tmp_path / "pair")
     expected = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
     assert [pair.document(index).tolist() for index in range(60)] == expected
-    assert (report.documents, report.empty) == (60, 1)
-    assert report.tokens == pair.num_tokens == sum(map(len, expected))
-    assert report.chars_per_token == pytest.approx(sum(map(len, texts)) / pair.num_tokens)
+    assert (report.totals["text"].documents, report.totals["text"].empty) == (60, 1)
+    assert report.totals["text"].tokens == pair.num_tokens == sum(map(len, expected))
+    assert report.totals["text"].chars_per_token == pytest.approx(sum(map(len, texts)) / pair.num_tokens)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -64,14 +64,14 @@ def test_without_end_of_document(tmp_path: Path, tokenizer_model: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_bad_line_stops_everything_and_writes_nothing(tmp_path: Path, job: Preprocessing, workers: int) -> None:
+def test_a_bad_line_stops_everything_and_writes_no_pair(tmp_path: Path, job: Preprocessing, workers: int) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", documents(100))
     lines = source.read_text(encoding="utf-8").splitlines()
     lines[70] = '{"text": 1}'
     source.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.jsonl line 71: field 'text' must be a string"):
         preprocess([source], tmp_path / "pair", job, workers=workers)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "pair.parts"]
 
 
 def test_ids_of_a_bad_null_document_are_named(tmp_path: Path) -> None:

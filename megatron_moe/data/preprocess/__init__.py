@@ -1,0 +1,13 @@
+"""Documents to token ids: text files in, Megatron `.bin`/`.idx` pairs out, by any number of processes.
+
+job.py          what to do with every document, and the totals of a run
+tasks.py        the pieces the input is divided into        lines.py, parquet.py, read.py   reading a piece
+encode.py       texts to ids, lengths and counts            work.py   a worker: a piece to a finished part
+workspace.py    the folder of finished parts                pool.py   worker processes
+assemble.py     parts to pairs or shards                    run.py    all of it
+"""
+
+from megatron_moe.data.preprocess.job import Preprocessing, PreprocessReport, Totals
+from megatron_moe.data.preprocess.run import preprocess
+
+__all__ = ["PreprocessReport", "Preprocessing", "Totals", "preprocess"]

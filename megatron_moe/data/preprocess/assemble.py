@@ -1,0 +1,193 @@
+"""Finished parts to finished pairs: one after the other in the order of the input, or cut into shards."""
+
+import contextlib
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.config.base import UserError
+from megatron_moe.data.indexed_writer import IndexedWriter, Readable
+from megatron_moe.data.preprocess.job import Output, Totals
+from megatron_moe.data.preprocess.workspace import COLUMNS, Workspace
+
+# Tokens in a file, from its position on; tokens of each sequence; sequences of each document (None: one).
+_Block = tuple[Readable, npt.NDArray[np.int32], npt.NDArray[np.int32] | None]
+# Documents in memory at a time.
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished piece as far as one field is concerned.
+
+    Attributes:
+        name: the piece.
+        field: the number of the field.
+        totals: its counts.
+        checksums: crc32 of each of its columns.
+    """
+
+    name: str
+    field: int
+    totals: Totals
+    checksums: tuple[int, ...]
+
+
+def assemble(
+    workspace: Workspace, parts: Sequence[Part], prefix: Path, key: str, dtype: np.dtype, shard_tokens: int | None
+) -> list[Output]:
+    """Write the pair of one field, or its shards.
+
+    Args:
+        workspace: where the parts lie.
+        parts: in the order of the input.
+        prefix: of the pair; shards add `-00000-of-00004` to it.
+        key: the field.
+        dtype: of the ids.
+        shard_tokens: begin another shard with the document that would bring this one over so many tokens.
+
+    Raises:
+        UserError: a part is damaged, or there is no room.
+    """
+    if shard_tokens is None:
+        names = iter([prefix])
+    else:
+        count = sum(1 for _ in _shards(workspace, parts, shard_tokens))
+        names = iter([shard_prefix(prefix, index, count) for index in range(count)])
+    outputs = []
+    source = _Source(workspace, parts, dtype)
+    with contextlib.closing(source):
+        for limit in _shards(workspace, parts, shard_tokens) if shard_tokens else [None]:
+            name = next(names)
+            with IndexedWriter(name, dtype, scratch=workspace.folder) as writer:
+                source.write(writer, limit)
+            outputs.append(Output(name, key, writer.documents, writer.sequences, writer.tokens))
+    return outputs
+
+
+def shard_prefix(prefix: Path, index: int, count: int) -> Path:
+    """The name of one of several shards: their number stands in it, so that no old one is taken for a part of a set."""
+    return Path(f"{prefix}-{index:05d}-of-{count:05d}")
+
+
+def _shards(workspace: Workspace, parts: Sequence[Part], shard_tokens: int) -> Iterator[int]:
+    """Documents in each shard."""
+    documents = tokens = 0
+    for part in parts:
+        for _, _, sizes in _columns(workspace, part):
+            ends = np.cumsum(sizes, dtype=np.int64)
+            start = 0
+            while start < len(sizes):
+                taken = int(ends[start - 1]) if start else 0
+                # Documents that still fit; a shard has at least one.
+                fitting = int(np.searchsorted(ends, taken + shard_tokens - tokens, side="right")) - start
+                fitting = max(fitting, 0 if documents else 1)
+                documents += fitting
+                start += fitting
+                tokens += (int(ends[start - 1]) if start else 0) - taken
+                if start < len(sizes):
+                    yield documents
+                    documents = tokens = 0
+    if documents:
+        yield documents
+
+
+class _Source:
+    """The documents of all parts, read forward."""
+
+    def __init__(self, workspace: Workspace, parts: Sequence[Part], dtype: np.dtype) -> None:
+        self._workspace = workspace
+        self._itemsize = dtype.itemsize
+        self._blocks = self._all(parts)
+        # What a shard's end has left of a block.
+        self._rest: _Block | None = None
+
+    def write(self, writer: IndexedWriter, limit: int | None) -> None:
+        """Append the next `limit` documents, or all there are."""
+        while limit is None or limit > 0:
+            block = self._rest or next(self._blocks, None)
+            self._rest = None
+            if block is None:
+                return
+            tokens, lengths, documents = block
+            count = len(lengths) if documents is None else len(documents)
+            if limit is not None and count > limit:
+                sequences = limit if documents is None else int(documents[:limit].sum())
+                self._rest = tokens, lengths[sequences:], None if documents is None else documents[limit:]
+                lengths, documents = lengths[:sequences], None if documents is None else documents[:limit]
+                count = limit
+            writer.add_stored(tokens, lengths, documents)
+            limit = None if limit is None else limit - count
+
+    def close(self) -> None:
+        """Close the file that is being read."""
+        self._blocks.close()
+
+    def _all(self, parts: Sequence[Part]) -> Generator[_Block]:
+        for part in parts:
+            with _opened_column(self._workspace, part, "bin") as tokens:
+                for lengths, documents, _ in _columns(self._workspace, part):
+                    yield tokens, lengths, documents
+
+
+def _columns(
+    workspace: Workspace, part: Part
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32] | None, npt.NDArray[np.int64]]]:
+    """Tokens of each sequence, sequences of each document (None: one), and tokens of each document; in blocks."""
+    left = part.totals.documents
+    with contextlib.ExitStack() as files:
+        lengths_file = files.enter_context(_opened_column(workspace, part, "lengths"))
+        documents_file = None
+        if len(part.checksums) == len(COLUMNS):
+            documents_file = files.enter_context(_opened_column(workspace, part, "documents"))
+        while left:
+            count = min(left, _BLOCK)
+            left -= count
+            documents = None if documents_file is None else _read(documents_file, count)
+            lengths = _read(lengths_file, count if documents is None else int(documents.sum()))
+            if documents is None:
+                yield lengths, None, lengths.astype(np.int64)
+            else:
+                ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+                last = np.cumsum(documents)
+                yield lengths, documents, ends[last] - ends[last - documents]
+
+
+class _Checked:
+    """A file that is read forward, and the crc32 of what was read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.checksum = 0
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self.checksum = zlib.crc32(content, self.checksum)
+        return content
+
+
+@contextlib.contextmanager
+def _opened_column(workspace: Workspace, part: Part, column: str) -> Iterator[_Checked]:
+    """A column of a part, which must have been read to its end and be as it was written."""
+    path = workspace.column(part.name, part.field, column)
+    cure = f"delete {workspace.folder} and start again"
+    try:
+        with path.open("rb") as file:
+            checked = _Checked(file)
+            yield checked
+            if checked.read(1) or checked.checksum != part.checksums[COLUMNS.index(column)]:
+                raise UserError(f"{path}: damaged, not what was written; {cure}")
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); {cure}") from error
+
+
+def _read(file: _Checked, count: int) -> npt.NDArray[np.int32]:
+    content = file.read(4 * count)
+    if len(content) != 4 * count:
+        raise EOFError("cut short")
+    return np.frombuffer(content, "<i4")
