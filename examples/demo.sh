@@ -41,20 +41,19 @@ say "real Chinese text: People's Daily of January 1998, and Romance of the Three
 "$PY" tools/fetch_sample_corpus.py --output-dir "$DATA"
 
 say "a byte-fallback BPE tokenizer of $VOCAB_SIZE pieces"
-[ -f "$DATA/bpe.model" ] ||
-    "$PY" tools/build_tokenizer.py --input "$DATA/train.jsonl" --output-prefix "$DATA/bpe" --vocab-size "$VOCAB_SIZE"
+"$PY" tools/build_tokenizer.py --input "$DATA/train.jsonl" --output "$DATA/tokenizer" --vocab-size "$VOCAB_SIZE"
 
 say "token files"
 for part in train heldout; do
     [ -f "$DATA/$part.idx" ] ||
         "$PY" tools/preprocess_data.py --input "$DATA/$part.jsonl" --output-prefix "$DATA/$part" \
-            --tokenizer-model "$DATA/bpe.model" --workers 2
+            --tokenizer-model "$DATA/tokenizer/tokenizer.model" --workers 2
 done
 
 say "pretraining on $PROCESSES processes ${PARALLEL_ARGS[*]:-}"
 launch megatron_moe.pretrain --recipe tiny-cpu "${PARALLEL_ARGS[@]}" \
-    --train-data-path "$DATA/train" --valid-data-path "$DATA/heldout" --tokenizer-model "$DATA/bpe.model" \
-    --save "$RUN" --load "$RUN" --save-interval 200 --keep-last 2 --log-interval 10 "$@"
+    --train-data-path "$DATA/train" --valid-data-path "$DATA/heldout" \
+    --tokenizer-model "$DATA/tokenizer/tokenizer.model" --save "$RUN" --load "$RUN" --save-interval 200 --keep-last 2 --log-interval 10 "$@"
 
 say "evaluation on all held-out text, in one process: a checkpoint loads under any layout"
 "$PY" -m megatron_moe.evaluate --load "$RUN" --data-path "$DATA/heldout" --output "$RUN/evaluation.json"
@@ -74,7 +73,7 @@ print(unigram_entropy(sys.argv[1], int(sys.argv[2])))
 
 say "done"
 "$PY" tools/summarize_run.py --run "$RUN" --train-prefix "$DATA/train" --heldout-prefix "$DATA/heldout" \
-    --tokenizer-model "$DATA/bpe.model" --require-margin "$MARGIN"
+    --tokenizer-model "$DATA/tokenizer/tokenizer.model" --require-margin "$MARGIN"
 cat <<END
 
 picture          $RUN/training.png

@@ -5,7 +5,7 @@
 #        Weights, gradients and optimizer state take 40.7 GiB of each GPU (--dry-run); activations come on top.
 # Data:  DATA_PATH, a prefix written by tools/preprocess_data.py (or weights and prefixes in turn), and TOKENIZER_MODEL.
 #
-#   DATA_PATH=data/wudao TOKENIZER_MODEL=data/bpe.model bash examples/pretrain_pai_gpt_moe_16b.sh
+#   DATA_PATH=data/wudao TOKENIZER_MODEL=data/tokenizer/tokenizer.model bash examples/pretrain_pai_gpt_moe_16b.sh
 #   NNODES=1 GPUS_PER_NODE=1 bash examples/pretrain_pai_gpt_moe_16b.sh --dry-run --world-size 8
 #
 # Two nodes: the same command on each, with NNODES=2 MASTER_ADDR=<first node>, and NODE_RANK=0 or NODE_RANK=1.
@@ -26,7 +26,7 @@ EP=${EP:-8}   # expert parallel
 ETP=${ETP:-1}  # tensor parallel inside an expert
 
 DATA_PATH=${DATA_PATH:-data/wudao}
-TOKENIZER_MODEL=${TOKENIZER_MODEL:-data/bpe.model}
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-data/tokenizer/tokenizer.model}
 SAVE=${SAVE:-runs/pai-gpt-moe-16b}
 
 # The recipe alone says all of this; what one changes most is spelled out. A test keeps the two equal.

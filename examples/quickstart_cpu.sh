@@ -19,14 +19,12 @@ SAVE=${SAVE:-runs/quickstart}
 if [[ ! -f $DATA_DIR/train.jsonl || ! -f $DATA_DIR/heldout.jsonl ]]; then
     "$PY" "$REPO/tools/fetch_sample_corpus.py" --output-dir "$DATA_DIR"
 fi
-if [[ ! -f $DATA_DIR/bpe.model ]]; then
-    "$PY" "$REPO/tools/build_tokenizer.py" --input "$DATA_DIR/train.jsonl" --output-prefix "$DATA_DIR/bpe" \
-        --vocab-size "$VOCAB_SIZE"
-fi
+"$PY" "$REPO/tools/build_tokenizer.py" --input "$DATA_DIR/train.jsonl" --output "$DATA_DIR/tokenizer" \
+    --vocab-size "$VOCAB_SIZE"
 for part in train heldout; do
     if [[ ! -f $DATA_DIR/$part.idx ]]; then
         "$PY" "$REPO/tools/preprocess_data.py" --input "$DATA_DIR/$part.jsonl" --output-prefix "$DATA_DIR/$part" \
-            --tokenizer-model "$DATA_DIR/bpe.model"
+            --tokenizer-model "$DATA_DIR/tokenizer/tokenizer.model"
     fi
 done
 
@@ -37,7 +35,7 @@ MODEL_ARGS=(
 DATA_ARGS=(
     --train-data-path "$DATA_DIR/train"
     --valid-data-path "$DATA_DIR/heldout"
-    --tokenizer-model "$DATA_DIR/bpe.model"
+    --tokenizer-model "$DATA_DIR/tokenizer/tokenizer.model"
 )
 
 LOGGING_ARGS=(

@@ -212,7 +212,7 @@ def test_quickstart(tiny_data: Path, tmp_path: Path) -> None:
     variables = {"DATA_DIR": "data", "SAVE": "run", "VOCAB_SIZE": 860}
     done = run_script("quickstart_cpu.sh", variables, small, cwd=tmp_path)
     check_run(tmp_path / "run", 2)
-    assert (data / "bpe.model").exists()
+    assert (data / "tokenizer" / "tokenizer.model").exists()
     assert "perplexity" in done.stdout
     assert "北京" in done.stdout
 

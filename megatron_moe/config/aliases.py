@@ -117,8 +117,6 @@ REFUSED: dict[str, str] = {
     "--use-mcore-models": _ALWAYS,
     "--use-legacy-models": "remove it; models are megatron-core's",
     # data and tokenizer
-    "--merge-file": "GPT-2 vocabulary and merges are read as a Hugging Face tokenizer: --tokenizer-type "
-    "HuggingFaceTokenizer --tokenizer-model FOLDER",
     "--data-impl": "remove it; data are .bin/.idx files that tools/preprocess_data.py writes",
     "--mmap-warmup": "remove it; there is no warm-up of the data files",
     "--train-data": "use --train-data-path with .bin/.idx files that tools/preprocess_data.py writes",
@@ -177,8 +175,6 @@ REFUSED: dict[str, str] = {
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "--tokenizer-type": {
-        "GPT2BPETokenizer": "use HuggingFaceTokenizer with --tokenizer-model FOLDER",
-        "JiebaBPETokenizer": "use HuggingFaceTokenizer with --tokenizer-model FOLDER, on text cut with jieba",
         "BertWordPieceLowerCase": "a decoder needs a tokenizer with an end-of-document token",
     },
     "--top-k-linear-strategy": {"lsoftmax": "the large-margin router is not available; use --router topk"},

@@ -29,13 +29,20 @@ class DataConfig:
     """No loss on end-of-document tokens."""
     reset_position_ids: bool = False
     """Positions start at 0 after every end-of-document token."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"] = (
-        "SentencePieceTokenizer"
-    )
-    """SentencePiece model, Hugging Face tokenizer folder, or none: ids 0..vocab_size-1, the last one ends
-    documents."""
+    tokenizer_type: Literal[
+        "SentencePieceTokenizer",
+        "HuggingFaceTokenizer",
+        "GPT2BPETokenizer",
+        "JiebaBPETokenizer",
+        "CPMTokenizer",
+        "NullTokenizer",
+    ] = "SentencePieceTokenizer"
+    """SentencePiece model; Hugging Face tokenizer folder; GPT-2's vocab.json and merges.txt; PAI's jieba + BPE
+    (tokenizer.json); CPM's jieba + SentencePiece; or none: ids 0..vocab_size-1, the last one ends documents."""
     tokenizer_model: str | None = None
-    """The .model file or the tokenizer's folder."""
+    """The .model or tokenizer.json file, or the tokenizer's folder."""
+    merge_file: str | None = None
+    """GPT2BPETokenizer: its merges.txt, where --tokenizer-model is the vocab.json. Default: the one beside it."""
 
     def __post_init__(self) -> None:
         shares = self.split.split(",")
@@ -43,3 +50,7 @@ class DataConfig:
         require(valid, "split", self.split, "one to three numbers, like 969,30,1")
         if self.data_path is not None and self.train_data_path is not None:
             raise ConfigError("--data-path and --train-data-path: give one of them")
+        if self.merge_file is not None and self.tokenizer_type != "GPT2BPETokenizer":
+            raise ConfigError(
+                f"--merge-file: belongs to --tokenizer-type GPT2BPETokenizer, not to {self.tokenizer_type}"
+            )

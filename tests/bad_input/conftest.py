@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.preprocess import Preprocessing, preprocess
-from megatron_moe.data.tokenizer.build import build_tokenizer
+from megatron_moe.data.tokenizer.build import train_tokenizer
 
 pytest.register_assert_rewrite("tests.bad_input.cases")
 
@@ -24,7 +24,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Originals:
     texts = {"train": documents(120), "valid": documents(20, seed=1), "other": documents(120, seed=7)}
     paths = {name: write_jsonl(data / f"{name}.jsonl", text) for name, text in texts.items()}
     for name, source, size in (("bpe", "train", 860), ("other", "other", 860), ("small", "train", 800)):
-        build_tokenizer([paths[source]], data / name, size)
+        train_tokenizer([paths[source]], data / f"{name}.model", size, split_by_unicode_script=True)
     job = Preprocessing(data=DataConfig(tokenizer_model=str(data / "bpe.model")))
     for name in ("train", "valid"):
         preprocess([paths[name]], data / name, job)

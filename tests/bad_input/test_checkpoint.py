@@ -310,7 +310,7 @@ CASES = [
     Case(
         "evaluate on cut text",
         "--load {run} --data-path {data}/valid --device cpu",
-        "--data-path {data}/valid: {data}/valid.bin holds 653 bytes but its index announces 1306; it was cut "
+        "--data-path {data}/valid: {data}/valid.bin holds 662 bytes but its index announces 1324; it was cut "
         "short or belongs to another index, run tools/preprocess_data.py again",
         lambda place: cut(place.data / "valid.bin"),
         base="",

@@ -51,7 +51,7 @@ CASES = [
     Case(
         "cut .bin",
         "",
-        "--train-data-path {data}/train: {data}/train.bin holds 4441 bytes but its index announces 8882; it was "
+        "--train-data-path {data}/train: {data}/train.bin holds 4481 bytes but its index announces 8962; it was "
         "cut short or belongs to another index, run tools/preprocess_data.py again",
         truncate("train.bin"),
     ),
@@ -77,7 +77,7 @@ CASES = [
     Case(
         "empty .bin",
         "",
-        "--train-data-path {data}/train: {data}/train.bin holds 0 bytes but its index announces 8882; it was cut "
+        "--train-data-path {data}/train: {data}/train.bin holds 0 bytes but its index announces 8962; it was cut "
         "short or belongs to another index, run tools/preprocess_data.py again",
         write("train.bin", b""),
     ),
@@ -123,7 +123,7 @@ CASES = [
     Case(
         ".idx of another .bin",
         "",
-        "--train-data-path {data}/train: {data}/train.bin holds 8882 bytes but its index announces 1306; it was "
+        "--train-data-path {data}/train: {data}/train.bin holds 8962 bytes but its index announces 1324; it was "
         "cut short or belongs to another index, run tools/preprocess_data.py again",
         copy("valid.idx", "train.idx"),
     ),
@@ -157,7 +157,7 @@ CASES = [
     Case(
         "text shorter than a sample",
         "--train-data-path {data}/valid --seq-length 100000",
-        "--seq-length 100000: the training part of {data}/valid holds only 653 tokens, a sample takes 100001; "
+        "--seq-length 100000: the training part of {data}/valid holds only 662 tokens, a sample takes 100001; "
         "give more text or a shorter --seq-length",
     ),
     Case(
@@ -187,7 +187,7 @@ CASES = [
     Case(
         "no tokenizer",
         "--tokenizer-model {data}/none.model",
-        "--tokenizer-model {data}/none.model: no such file; tools/build_tokenizer.py writes <prefix>.model",
+        "--tokenizer-model {data}/none.model: no such file; tools/build_tokenizer.py writes one",
     ),
     Case(
         "no tokenizer flag",

@@ -43,5 +43,6 @@ def documents(count: int, seed: int = 0) -> list[str]:
 def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     """One {"text": ...} a line."""
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -8,7 +8,7 @@ from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
 from megatron_moe.data.preprocess import Preprocessing, preprocess
-from megatron_moe.data.tokenizer.build import build_tokenizer
+from megatron_moe.data.tokenizer.build import train_tokenizer
 from tests.data.chinese_text import documents, write_jsonl
 
 BASE: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def write_data(folder: Path, texts: dict[str, list[str]], vocabulary: int) -> Pa
     """Write a tokenizer learned from `train`, and a token file for each of the texts."""
     folder.mkdir(exist_ok=True)
     paths = {name: write_jsonl(folder / f"{name}.jsonl", text) for name, text in texts.items()}
-    build_tokenizer([paths["train"]], folder / "bpe", vocabulary)
+    train_tokenizer([paths["train"]], folder / "bpe.model", vocabulary, split_by_unicode_script=True)
     job = Preprocessing(data=DataConfig(tokenizer_model=str(folder / "bpe.model")))
     for name, path in paths.items():
         preprocess([path], folder / name, job)

@@ -23,7 +23,7 @@ def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_text_to_token_files(tmp_path: Path) -> None:
     texts = documents(150)
     corpus = write_jsonl(tmp_path / "train.jsonl", texts)
-    built = run("build_tokenizer", "--input", corpus, "--output-prefix", tmp_path / "tok", "--vocab-size", 820)
+    built = run("build_tokenizer", "--input", corpus, "--output", tmp_path / "tok", "--vocab-size", 820)
     assert built.returncode == 0, built.stderr
     assert "820 pieces from 150 documents" in built.stdout
     assert "none was skipped" in built.stdout
@@ -33,13 +33,13 @@ def test_text_to_token_files(tmp_path: Path) -> None:
         "--output-prefix",
         tmp_path / "train",
         "--tokenizer-model",
-        tmp_path / "tok.model",
+        tmp_path / "tok" / "tokenizer.model",
     ]
     written = run("preprocess_data", *arguments, "--workers", 2)
     assert written.returncode == 0, written.stderr
     assert "150 documents" in written.stdout
     assert "characters per token" in written.stdout
-    tokenizer = SentencePieceTokenizer(tmp_path / "tok.model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "tok" / "tokenizer.model")
     pair = open_indexed(tmp_path / "train")
     assert tokenizer.decode(pair.document(149).tolist()) == texts[149]
     assert pair.document(149)[-1] == tokenizer.eod

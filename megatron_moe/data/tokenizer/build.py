@@ -1,233 +1,245 @@
-"""Training a SentencePiece BPE model that gives back any Chinese text exactly as it was."""
+"""Building a tokenizer: sample the text, train, export to Hugging Face, judge it on held-out text.
 
-import io
-import os
-import re
+Everything is made in the hidden folder `.work` of the output and takes its final name only when all is done; a killed
+build goes on from the sample, which is the dear part of a large corpus, and trains again: SentencePiece cannot go on
+where it stopped.
+"""
+
+import dataclasses
+import json
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.documents import check_input_files, parse_document
-from megatron_moe.data.files import iterate_lines, open_stream
+from megatron_moe.data.command_line import byte_progress
+from megatron_moe.data.files import atomic_file, atomic_write, expand_inputs
+from megatron_moe.data.tokenizer.export import hugging_face_files
+from megatron_moe.data.tokenizer.judge import judge_all, used_pieces
+from megatron_moe.data.tokenizer.kinds.sentence_piece import SentencePieceTokenizer
+from megatron_moe.data.tokenizer.options import BuildOptions, choose_coverage
+from megatron_moe.data.tokenizer.reading import read_all
+from megatron_moe.data.tokenizer.report_page import report_page
+from megatron_moe.data.tokenizer.sample import Sample, SampleOptions, read_texts
+from megatron_moe.data.tokenizer.train import Trained, TrainOptions, train_model
+from megatron_moe.data.tokenizer.train_process import peak_memory
+from megatron_moe.data.tokenizer.workspace import (
+    MODEL_FILE,
+    PAGE_FILE,
+    REPORT_FILE,
+    TIMINGS_FILE,
+    VERSION,
+    Workspace,
+    identify,
+)
 
-END_OF_DOCUMENT = "<eod>"
-# Control symbols, not user-defined ones: text that spells "<eod>" must not become the end of a document.
-_CONTROL_SYMBOLS = (END_OF_DOCUMENT, "<sep>", "<mask>")
-_BYTES = 256
-_RESERVED = 4 + len(_CONTROL_SYMBOLS) + 1 + _BYTES
-# Characters with a piece of their own however rare they are in the sample: printable ASCII, and the
-# full-width punctuation which a low coverage would leave to bytes. U+2581 stands for the space inside
-# SentencePiece; without a piece of its own a space would go through byte fallback and come back as U+2581.
-_REQUIRED = "\u2581\t\u3000" + "".join(map(chr, range(0x21, 0x7F))) + "。，、；：？！“”‘’（）《》【】「」…—·～％"
-# The usual value for Chinese, and the least that SentencePiece takes.
-_MAX_COVERAGE = 0.9995
-_MIN_COVERAGE = 0.98
-# SentencePiece skips longer lines with only a warning, so longer ones are cut before it sees them.
-_MAX_SENTENCE_BYTES = 16384
-_AFTER_SENTENCE = re.compile(r"(?<=[。！？!?；;])")
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What a training run of the tokenizer read and made.
-
-    Attributes:
-        documents: documents read.
-        sentences: lines given to the trainer.
-        cut_lines: lines over the trainer's limit, which were cut into sentences (nothing is dropped).
-        characters: characters in those lines.
-        character_coverage: share of them that got pieces of their own; the others are spelled in bytes.
-        vocab_size: pieces in the model.
-        seconds: how long it took.
-    """
-
-    documents: int
-    sentences: int
-    cut_lines: int
-    characters: int
-    character_coverage: float
-    vocab_size: int
-    seconds: float
+_SENTENCES, _HELDOUT, _STATE = "sample.txt", "heldout.json", "sample.json"
+_CODE_POINTS = 0x110000
+# So much of the sample shows which pieces are never used; encoding all of it would take as long as reading it.
+_USED_TEXT_BYTES = 8 << 20
+_BLOCK_LINES = 1 << 16
 
 
 def build_tokenizer(
     inputs: Sequence[Path],
-    output_prefix: Path,
-    vocab_size: int,
+    output: Path,
+    options: BuildOptions,
     *,
-    json_key: str = "text",
-    character_coverage: float | None = None,
-) -> BuildReport:
-    """Train a BPE model on text and write `<output_prefix>.model`; the same input gives the same file.
+    heldout: Sequence[Path] = (),
+    compare: Sequence[Path] = (),
+    workers: int = 1,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Build a tokenizer into a folder; the same input and options give the same files, whatever `workers` is.
 
     Args:
-        inputs: JSON Lines files (.jsonl, .jsonl.gz), or plain text (.txt, .txt.gz) with a document a line.
-        output_prefix: path of the model without `.model`; missing folders are made.
-        vocab_size: pieces in the model, 4 + 3 symbols, the newline and 256 bytes among them.
-        json_key: which field of a JSON line holds the text.
-        character_coverage: share of the characters to give pieces of their own. Default: 0.9995, or less
-            (down to 0.98) where single characters would take more than half of the vocabulary and leave no
-            room for words.
+        inputs: files and folders: JSON Lines, Parquet, plain text with a document a line; .gz or .zst.
+        output: folder for tokenizer.model, the Hugging Face files, report.json, report.html and timings.json (the
+            one file that differs from run to run).
+        options: what to build.
+        heldout: files or folders to judge it on, instead of documents held out of the input.
+        compare: other tokenizers to judge on the same text.
+        workers: processes that read.
+        show_progress: draw progress bars; by default on a terminal.
+
+    Returns:
+        The content of report.json.
 
     Raises:
-        UserError: unreadable input, or a vocabulary that this text cannot fill or that is too small for it.
+        UserError: unreadable input, a vocabulary that this text cannot fill or that is too small for it, or an
+            output folder that holds something else.
     """
-    started = time.monotonic()
-    check_input_files(inputs)
-    required = _RESERVED + len(_REQUIRED)
-    if vocab_size < 2 * required:
-        raise UserError(
-            f"--vocab-size {vocab_size}: must be at least {2 * required} ({required} pieces are symbols, "
-            "bytes and punctuation)"
-        )
-    if character_coverage is not None and not _MIN_COVERAGE <= character_coverage <= 1:
-        raise UserError(f"--character-coverage {character_coverage}: must be in [{_MIN_COVERAGE}, 1]")
-    counts: Counter[str] = Counter()
-    documents = sentences = cut_lines = 0
-    for path in inputs:
-        for text in _texts(path, json_key):
-            documents += 1
-            for line in _lines(text):
-                pieces = list(cut_sentences(line))
-                cut_lines += len(pieces) > 1
-                sentences += len(pieces)
-                counts.update(line)
-    if not sentences:
-        raise UserError(f"--input {inputs[0]}: no text in it to train a tokenizer on")
-    coverage = character_coverage or choose_coverage(counts, vocab_size)
-    feed = (
-        part
-        for path in inputs
-        for text in _texts(path, json_key)
-        for line in _lines(text)
-        for part in cut_sentences(line)
-    )
-    _write_atomically(Path(f"{output_prefix}.model"), _train(feed, vocab_size, coverage))
-    return BuildReport(
-        documents=documents,
-        sentences=sentences,
-        cut_lines=cut_lines,
-        characters=counts.total(),
-        character_coverage=coverage,
+    files = expand_inputs(inputs)
+    heldout_files = expand_inputs(heldout, "--heldout") if heldout else []
+    if heldout_files:
+        options = dataclasses.replace(options, sample=dataclasses.replace(options.sample, heldout_every=0))
+    identity = identify(files, heldout_files, compare, options)
+    space = Workspace(output, identity)
+    if space.finished is not None:
+        return space.finished
+    clock = _Clock()
+    state = _sample(files, space.work, options.sample, identity.sample, workers, show_progress)
+    clock.mark("reading")
+    training = _train_options(options, state)
+    trained = _train(space.work, state, training, show_progress)
+    clock.mark("training")
+    model = space.work / MODEL_FILE
+    exported = hugging_face_files(model.read_bytes(), str(model)) if options.model_type == "bpe" else {}
+    for name, content in exported.items():
+        atomic_write(space.work / name, content, space.flag)
+    clock.mark("export")
+    tokenizer = SentencePieceTokenizer(model)
+    texts = _held_out_texts(space.work, heldout_files, options.sample)
+    report = {
+        "version": VERSION,
+        "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in files],
+        "heldout_files": [str(path) for path in heldout_files],
+        "options": dataclasses.asdict(options) | {"character_coverage": training.character_coverage},
+        "read": {key: value for key, value in state.items() if key not in ("identity", "character_counts")},
+        # The trainer's log says how many it took; with any lost there would be no report.
+        "skipped_sentences": state["sampled_sentences"] - trained.sentences,
+        "special_tokens": options.symbols.ids(),
+        "files": [MODEL_FILE, *sorted(exported)],
+        "pieces": used_pieces(tokenizer, texts, _some_sentences(space.work / _SENTENCES), options.symbols.count),
+        "heldout": judge_all(tokenizer, texts, compare),
+    }
+    clock.mark("judging")
+    timings = {
+        "identity": identity.build,
+        "seconds": clock.seconds,
+        "trainer_peak_bytes": trained.peak_bytes,
+        "trainer_peak_bytes_per_byte_of_text": round(trained.peak_bytes / state["sampled_bytes"], 1),
+        "own_peak_bytes": peak_memory(),
+        "workers": workers,
+    }
+    for name, content in {
+        PAGE_FILE: report_page(report).render(),
+        TIMINGS_FILE: _dump(timings),
+        REPORT_FILE: _dump(report),
+    }.items():
+        atomic_write(space.work / name, content, space.flag)
+    space.give_names([MODEL_FILE, *exported, PAGE_FILE, TIMINGS_FILE, REPORT_FILE])
+    return report
+
+
+def train_tokenizer(
+    inputs: Sequence[Path], model: Path, vocab_size: int, *, split_by_unicode_script: bool = False
+) -> None:
+    """Train on all documents and write the `.model` file alone, without a report or an export.
+
+    Raises:
+        UserError: see `build_tokenizer`.
+    """
+    options = BuildOptions(
         vocab_size=vocab_size,
-        seconds=time.monotonic() - started,
+        split_by_unicode_script=split_by_unicode_script,
+        sample=SampleOptions(heldout_every=0),
+    )
+    files = expand_inputs(inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        state = _sample(files, work, options.sample, "", 1, False)
+        _train(work, state, _train_options(options, state), False)
+        atomic_write(model, (work / MODEL_FILE).read_bytes())
+
+
+class _Clock:
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def mark(self, step: str) -> None:
+        """End a step."""
+        now = time.monotonic()
+        self.seconds[step], self._last = round(now - self._last, 2), now
+
+
+def _sample(
+    files: Sequence[Path], work: Path, options: SampleOptions, identity: str, workers: int, shown: bool | None
+) -> dict[str, Any]:
+    """Write the sample and the held-out documents to files, unless a killed build has done so; what they hold."""
+    state_file = work / _STATE
+    if state_file.is_file():
+        state: dict[str, Any] = json.loads(state_file.read_bytes())
+        if state["identity"] == identity:
+            return state
+        state_file.unlink()
+    with byte_progress(sum(path.stat().st_size for path in files), "reading", shown) as bar:
+        sample = read_all(files, options, workers, bar.update)
+    lines = sample.kept.in_order()
+    if not lines:
+        raise UserError(f"--input {files[0]}: no text in it to train a tokenizer on")
+    counts = np.zeros(_CODE_POINTS, np.int64)
+    size = 0
+    with atomic_file(work / _SENTENCES) as stream:
+        for at in range(0, len(lines), _BLOCK_LINES):
+            block = "\n".join(lines[at : at + _BLOCK_LINES]) + "\n"
+            size += stream.write(block.encode("utf-8"))
+            counts += np.bincount(np.frombuffer(block.encode("utf-32-le"), np.uint32), minlength=_CODE_POINTS)
+    counts[ord("\n")] = 0
+    atomic_write(work / _HELDOUT, json.dumps(sample.heldout.in_order(), ensure_ascii=False))
+    state = {"identity": identity} | _describe(sample, len(lines), size, counts)
+    atomic_write(state_file, json.dumps(state))
+    return state
+
+
+def _describe(sample: Sample, kept: int, size: int, counts: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {
+        "documents": sample.documents,
+        "characters": sample.characters,
+        "heldout_documents": sample.heldout_documents,
+        "sentences": sample.sentences,
+        "cut_lines": sample.cut_lines,
+        "sampled_sentences": kept,
+        "sampled_bytes": size,
+        "sampled_characters": int(counts.sum()),
+        "different_characters": int(np.count_nonzero(counts)),
+        "character_counts": counts[counts > 0].tolist(),
+    }
+
+
+def _train_options(options: BuildOptions, state: dict[str, Any]) -> TrainOptions:
+    coverage = options.character_coverage
+    if coverage is None:
+        coverage = choose_coverage(np.array(state["character_counts"]), options.vocab_size, options.symbols.count)
+    return TrainOptions(
+        vocab_size=options.vocab_size,
+        character_coverage=coverage,
+        model_type=options.model_type,
+        split_by_unicode_script=options.split_by_unicode_script,
+        symbols=options.symbols,
     )
 
 
-def choose_coverage(counts: Counter[str], vocab_size: int) -> float:
-    """The character coverage for a vocabulary: 0.9995 unless characters would then fill more than half of it.
-
-    At 8000 pieces 0.9995 spends about 7000 on single characters, so that hardly a word remains. Never below
-    0.98, the least that SentencePiece takes.
-    """
-    budget = max(1, (vocab_size - _RESERVED) // 2)
-    covered = sum(count for _, count in counts.most_common(budget))
-    return max(_MIN_COVERAGE, min(_MAX_COVERAGE, covered / counts.total()))
+def _train(work: Path, state: dict[str, Any], training: TrainOptions, shown: bool | None) -> Trained:
+    disable = None if shown is None else not shown
+    bar = tqdm(total=training.vocab_size, desc="training", unit=" pieces", disable=disable, dynamic_ncols=True)
+    # Only the log of bpe says how far it is.
+    with bar if training.model_type == "bpe" else nullcontext() as progress:
+        return train_model(work / _SENTENCES, state["sampled_sentences"], work / MODEL_FILE, training, progress)
 
 
-def cut_sentences(line: str, max_bytes: int = _MAX_SENTENCE_BYTES) -> Iterator[str]:
-    """A line as it is or, over `max_bytes` of UTF-8, in parts: cut after a full stop, else anywhere."""
-    if len(line.encode("utf-8")) <= max_bytes:
-        yield line
-        return
-    part, size = "", 0
-    for sentence in _AFTER_SENTENCE.split(line):
-        for piece in _cut_hard(sentence, max_bytes):
-            length = len(piece.encode("utf-8"))
-            if size + length > max_bytes:
-                yield part
-                part, size = "", 0
-            part, size = part + piece, size + length
-    if part:
-        yield part
+def _held_out_texts(work: Path, files: Sequence[Path], options: SampleOptions) -> list[tuple[str, str]]:
+    if files:
+        return [(group, text) for path in files for text, group in read_texts(path, options)]
+    return [(group, text) for group, text in json.loads((work / _HELDOUT).read_bytes())]
 
 
-def _cut_hard(sentence: str, max_bytes: int) -> Iterator[str]:
-    step = max_bytes // 4  # a character is at most 4 bytes
-    if len(sentence.encode("utf-8")) <= max_bytes:
-        yield sentence
-        return
-    for start in range(0, len(sentence), step):
-        yield sentence[start : start + step]
+def _some_sentences(sentences: Path) -> list[str]:
+    """Sentences from all over the sample, of about `_USED_TEXT_BYTES`."""
+    every = max(1, sentences.stat().st_size // _USED_TEXT_BYTES)
+    with sentences.open(encoding="utf-8", newline="\n") as stream:
+        return [line.rstrip("\n") for number, line in enumerate(stream) if number % every == 0]
 
 
-def _lines(text: str) -> Iterator[str]:
-    # Only at newlines, which are a piece of their own: a form feed or U+2028 stays inside its sentence. The
-    # trainer cannot take NUL; it is spelled in bytes anyway.
-    return (line for line in text.replace("\0", "").split("\n") if line.strip())
-
-
-def _texts(path: Path, json_key: str) -> Iterator[str]:
-    plain = path.name.removesuffix(".gz").endswith(".txt")
-    with open_stream(path) as (stream, _):
-        for number, line in enumerate(iterate_lines(stream, path), start=1):
-            if not plain:
-                yield parse_document(line, json_key, path, number)
-                continue
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} line {number}: not UTF-8 ({error.reason})") from error
-
-
-def _train(sentences: Iterator[str], vocab_size: int, coverage: float) -> bytes:
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=coverage,
-            required_chars=_REQUIRED,
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            split_digits=True,
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            control_symbols=list(_CONTROL_SYMBOLS),
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            max_sentence_length=_MAX_SENTENCE_BYTES,
-            # Stored in the model: a fixed number keeps the file the same on every machine.
-            num_threads=16,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_explain(str(error), vocab_size, coverage)) from error
-    return model.getvalue()
-
-
-def _explain(message: str, vocab_size: int, coverage: float) -> str:
-    largest = re.search(r"set it to a value <= (\d+)", message)
-    if largest:
-        return f"--vocab-size {vocab_size}: this text fills at most {largest[1]} pieces; give that or more text"
-    smallest = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message)
-    if smallest:
-        hint = " or a lower --character-coverage" if coverage > _MIN_COVERAGE else ""
-        return (
-            f"--vocab-size {vocab_size}: at least {smallest[2]} are needed for the single characters of this "
-            f"text at coverage {coverage:.4f}; give that many{hint}"
-        )
-    return f"--vocab-size {vocab_size}: SentencePiece cannot train on this text: {message}"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--output-prefix {path.with_suffix('')}: cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def _dump(tree: Any) -> str:
+    return json.dumps(tree, ensure_ascii=False, indent=1) + "\n"
