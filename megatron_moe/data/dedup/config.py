@@ -58,6 +58,10 @@ class NearDedup:
         """The fields, for headers and fingerprints."""
         return dataclasses.asdict(self)
 
+    def of_signatures(self) -> dict[str, int | float | bool]:
+        """The fields that signatures depend on: another threshold can be tried with the same signature files."""
+        return {name: value for name, value in self.as_dict().items() if name not in ("threshold", "verify")}
+
 
 def s_curve(bands: int, rows: int, jaccard: float) -> float:
     """The probability that documents of this similarity become candidates."""

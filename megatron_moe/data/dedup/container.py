@@ -25,12 +25,13 @@ _END_MARK = b"DEDUPEND"
 _LONGEST_HEADER = 1 << 20
 
 
-def write_header(stream: BinaryIO, kind: str, fields: dict[str, Any]) -> int:
-    """Write the first line, padded to whole 8 bytes; returns its length."""
-    line = json.dumps({"megatron_moe": kind, "version": VERSION, **fields}, sort_keys=True).encode()
+def write_header(stream: BinaryIO, kind: str, fields: dict[str, Any]) -> bytes:
+    """Write the first line, JSON and a checksum of it, padded to whole 8 bytes, and return it."""
+    text = json.dumps({"megatron_moe": kind, "version": VERSION, **fields}, sort_keys=True).encode()
+    line = b"%s %016x" % (text, checksum(text))
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
     stream.write(line)
-    return len(line)
+    return line
 
 
 def write_end(stream: BinaryIO, count: int, checksum: int) -> None:
@@ -43,15 +44,17 @@ def opened(path: Path, kind: str) -> Iterator[tuple[BinaryIO, dict[str, Any], in
     """Open a file of this kind.
 
     Yields:
-        The stream after the header, the header's fields, the count and the checksum of the end mark.
+        The stream after the header; the header's fields, to which `line`, the header itself, and `body`, first byte
+        and length of what follows, are added; the count and the checksum of the end mark.
 
     Raises:
         UserError: it cannot be read, is not of this kind and version, or was cut short.
     """
     try:
         with path.open("rb") as stream:
-            fields = _read_header(stream, path, kind)
-            begin = stream.tell()
+            line = stream.readline(_LONGEST_HEADER)
+            fields = _header_fields(line, path, kind)
+            begin = len(line)
             size = os.fstat(stream.fileno()).st_size
             if size < begin + _END.size:
                 raise broken(path, kind)
@@ -59,17 +62,17 @@ def opened(path: Path, kind: str) -> Iterator[tuple[BinaryIO, dict[str, Any], in
             mark, count, checksum = _END.unpack(stream.read(_END.size))
             if mark != _END_MARK:
                 raise broken(path, kind)
-            fields["body"] = (begin, size - _END.size - begin)
+            fields |= {"line": line, "body": (begin, size - _END.size - begin)}
             stream.seek(begin)
             yield stream, fields, count, checksum
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_header(stream: BinaryIO, path: Path, kind: str) -> dict[str, Any]:
-    line = stream.readline(_LONGEST_HEADER)
+def _header_fields(line: bytes, path: Path, kind: str) -> dict[str, Any]:
+    text, _, expected = line.rstrip(b" \n").rpartition(b" ")
     try:
-        fields = json.loads(line)
+        fields = json.loads(text)
     except ValueError:
         fields = None
     if not isinstance(fields, dict) or fields.get("megatron_moe") != kind:
@@ -77,6 +80,8 @@ def _read_header(stream: BinaryIO, path: Path, kind: str) -> dict[str, Any]:
     if fields.get("version") != VERSION:
         version = str(fields.get("version"))[:20]
         raise UserError(f"{path}: has version {version}, this program reads {VERSION}; run the stage again")
+    if expected != b"%016x" % checksum(text):
+        raise broken(path, kind)
     return fields
 
 
@@ -99,13 +104,12 @@ def checksum(data: npt.NDArray[Any] | bytes) -> int:
 
 
 class TableWriter:
-    """Writes a file of equally long columns that all fit in memory at once piece by piece: pairs, drop lists."""
+    """Writes a table of rows of one type piece by piece: pairs, or what is dropped."""
 
     def __init__(self, stream: BinaryIO, kind: str, fields: dict[str, Any]) -> None:
         self._stream = stream
-        self._hash = xxhash.xxh3_64()
+        self._hash = xxhash.xxh3_64(write_header(stream, kind, fields))
         self.rows = 0
-        write_header(stream, kind, fields)
 
     def add(self, rows: npt.NDArray[Any]) -> None:
         """Append rows of a (structured or two-dimensional) array."""
@@ -135,8 +139,10 @@ def read_table(path: Path, kind: str, dtype: npt.DTypeLike, rows_at_once: int) -
         UserError: see `opened`; or the content does not match its checksum.
     """
     item = np.dtype(dtype).itemsize
-    digest = xxhash.xxh3_64()
     with opened(path, kind) as (stream, fields, count, expected):
+        digest = xxhash.xxh3_64(fields["line"])
+        if count == 0 and digest.intdigest() != expected:
+            raise broken(path, kind)
         if fields["body"][1] != count * item:
             raise broken(path, kind)
         for begin in range(0, count, rows_at_once):

@@ -107,7 +107,7 @@ def decide(
             if of == "exact":
                 exact[later] = True
         report.pairs[of] = count
-    _flatten(parent)
+    flatten(parent)
     _summarise(parent, exact, report)
     if near:
         report.compared_exactly_only = sum(int((~ok).sum()) for file in shards.files for _, _, ok in file.band(0))
@@ -165,7 +165,7 @@ def _root(parent: npt.NDArray[Any], documents: I64) -> I64:
     return result
 
 
-def _flatten(parent: npt.NDArray[Any]) -> None:
+def flatten(parent: npt.NDArray[Any]) -> None:
     """Let every document name its root; in ascending order each block finds the roots of the blocks before it."""
     for begin in range(0, len(parent), _DOCUMENTS_AT_ONCE):
         block = np.arange(begin, min(begin + _DOCUMENTS_AT_ONCE, len(parent)))

@@ -93,7 +93,7 @@ def match_exact(
         passes = _passes(shards.documents, memory)
         for part in range(passes):
             for members, group in _buckets(*_gather(_exact_columns(shards, 0), part, passes)):
-                # Keys equal in 64 of 128 bits: nearly always equal documents, but only nearly.
+                # Keys equal in 64 of 128 bits are nearly always of equal texts, but only nearly.
                 low = _exact_low(shards, members)
                 order = np.lexsort((members, low, group))
                 members, low, group = members[order], low[order], group[order]

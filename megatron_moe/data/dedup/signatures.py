@@ -87,7 +87,7 @@ class Signer:
         near = self.near
         grams = grams_of(units_of(texts), near.ngram)
         least = minhash(grams, near.permutations, near.seed)
-        return grams.counts.astype(np.uint32), _band_keys(least, near), (least & np.uint64(0xFF)).astype(np.uint8)
+        return grams.counts.astype(np.uint32), band_keys(least, near), (least & np.uint64(0xFF)).astype(np.uint8)
 
 
 def _no_sketch(texts: Sequence[str], width: int) -> npt.NDArray[np.uint8]:
@@ -100,7 +100,7 @@ def exact_keys(texts: Sequence[str]) -> U64:
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _band_keys(least: U64, near: NearDedup) -> U64:
+def band_keys(least: U64, near: NearDedup) -> U64:
     """One hash over the rows of each band; the band's number is in it, so bands never match each other."""
     values = least[:, : near.bands * near.rows].reshape(len(least), near.bands, near.rows)
     keys = values @ odd_numbers(near.seed ^ 0xBA2D, near.rows)
@@ -117,7 +117,7 @@ def _columns(near: NearDedup | None) -> list[tuple[str, int]]:
 
 
 def _header(near: NearDedup | None) -> dict[str, Any]:
-    return {"near": near.as_dict() if near else None, "units": fold_version() if near else None, "group": GROUP}
+    return {"near": near.of_signatures() if near else None, "units": fold_version() if near else None, "group": GROUP}
 
 
 class SignatureWriter:
@@ -129,7 +129,7 @@ class SignatureWriter:
         self._waiting: list[Signatures] = []
         self._waiting_rows = 0
         self.documents = 0
-        write_header(stream, KIND, _header(near))
+        self._header = write_header(stream, KIND, _header(near))
 
     def add(self, signatures: Signatures) -> None:
         """Append the signatures of the next documents of the shard."""
@@ -148,7 +148,7 @@ class SignatureWriter:
         """Write the last group and the end mark."""
         if self._waiting_rows:
             self._write_group(_concatenate(self._waiting))
-        write_end(self._stream, self.documents, 0)
+        write_end(self._stream, self.documents, checksum(self._header))
 
     def _write_group(self, group: Signatures) -> None:
         columns: list[npt.NDArray[Any]] = [group.exact, group.grams]
@@ -200,7 +200,7 @@ class SignatureFile:
     def __init__(self, path: Path, near: NearDedup | None) -> None:
         self.path = path
         self._near = near
-        with opened(path, KIND) as (_, fields, count, _unused):
+        with opened(path, KIND) as (_, fields, count, expected):
             wanted = _header(near)
             for name in ("near", "units", "group"):
                 if fields.get(name) != wanted[name]:
@@ -209,7 +209,9 @@ class SignatureFile:
                     )
             self._begin, size = fields["body"]
             self.documents = int(count)
-            if size != self._offset_of(self._full_groups) + self._group_bytes(self.documents % GROUP):
+            if checksum(fields["line"]) != expected or size != self._offset_of(self._full_groups) + self._group_bytes(
+                self.documents % GROUP
+            ):
                 raise broken(path, KIND)
 
     @property
@@ -257,6 +259,12 @@ class SignatureFile:
             result[first:last] = stored[rows[first:last] - begin]
         return result
 
+    def whole(self, column: int) -> npt.NDArray[Any]:
+        """One column of all documents, [documents, width]: 0 exact, 1 grams, then the bands and the sketch."""
+        kind, width = _columns(self._near)[column]
+        pieces = [np.zeros(0, kind), *(values for _, values in self._read(column))]
+        return np.concatenate(pieces).reshape(self.documents, width)
+
     def _read(self, column: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """First document and one column of each group."""
         kind, width = _columns(self._near)[column]
@@ -276,14 +284,10 @@ def read_signatures(path: Path, near: NearDedup | None) -> Signatures:
     """A whole signature file in memory."""
     file = SignatureFile(path, near)
     bands = near.bands if near else 0
-    exact = [keys for _, keys in file.exact()]
-    grams = [values for _, values in file._read(1)]
-    keys = [[values for _, values, _ in file.band(number)] for number in range(bands)]
+    columns = [file.whole(number) for number in range(len(_columns(near)))]
     return Signatures(
-        np.concatenate(exact) if exact else np.zeros((0, 2), np.uint64),
-        np.concatenate(grams) if grams else np.zeros(0, np.uint32),
-        np.stack([np.concatenate(column) for column in keys], axis=1)
-        if exact and bands
-        else np.zeros((file.documents, bands), np.uint64),
-        file.sketches(np.arange(file.documents)) if near else np.zeros((file.documents, 0), np.uint8),
+        columns[0],
+        columns[1][:, 0],
+        np.concatenate([np.zeros((file.documents, 0), np.uint64), *columns[2 : 2 + bands]], axis=1),
+        columns[-1] if near else np.zeros((file.documents, 0), np.uint8),
     )
