@@ -105,12 +105,7 @@ def pieces_of(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 def units_of(texts: Sequence[str]) -> Units:
     """Split a batch of documents into units."""
     # The newline ends a word, so no unit reaches from one document into the next.
-    joined = "\n".join(texts) + "\n"
-    raw = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    folded = fold_table()[raw]
-    in_word = folded >= _WORD
-    starts = folded != 0
-    starts[1:] &= ~(in_word[1:] & in_word[:-1])
+    folded, in_word, starts = _starts("\n".join(texts) + "\n")
     positions = np.flatnonzero(starts)
     hashes = folded[positions].astype(np.uint64)
     is_word = hashes >= _WORD
@@ -120,6 +115,22 @@ def units_of(texts: Sequence[str]) -> Units:
     edges = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(lengths + 1, out=edges[1:])
     return Units(hashes, np.searchsorted(positions, edges).astype(np.int64))
+
+
+def _starts(text: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Entry of the table per character, which characters are in words, and which begin a unit."""
+    raw = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    folded = fold_table().take(raw)
+    in_word = folded >= _WORD
+    starts = folded != 0
+    starts[1:] &= ~(in_word[1:] & in_word[:-1])
+    return folded, in_word, starts
+
+
+def initials_of(text: str) -> U64:
+    """The table's entry of the first character of each unit: far cheaper than hashes of units."""
+    folded, _, starts = _starts(text)
+    return folded[starts].astype(np.uint64)
 
 
 def _word_hashes(positions: I64, folded: npt.NDArray[np.uint32]) -> U64:
@@ -175,12 +186,17 @@ def grams_of(units: Units, n: int) -> Grams:
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     positions = np.arange(total) + np.repeat(units.offsets[:-1] - (ends - counts), counts)
-    hashes = _rolling(units.hashes, n)[positions] if total else np.zeros(0, dtype=np.uint64)
+    hashes = rolling(units.hashes, n)[positions] if total else np.zeros(0, dtype=np.uint64)
     return Grams(mix(hashes), np.repeat(np.arange(len(counts)), counts), counts, positions)
 
 
-def _rolling(values: U64, n: int) -> U64:
-    """At i: the polynomial over values[i:i+n], by joining runs of 1, 2, 4, ... values."""
+def powers(n: int) -> U64:
+    """What `rolling` multiplies n values with, the first one first."""
+    return np.array([pow(_IN_GRAM, n - 1 - place, 1 << 64) for place in range(n)], dtype=np.uint64)
+
+
+def rolling(values: U64, n: int) -> U64:
+    """At i: the polynomial over values[i:i+n], by joining runs of 1, 2, 4, ... values; there must be at least n."""
     result: U64 | None = None
     covered, width, run = 0, 1, values
     while True:
