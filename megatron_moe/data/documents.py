@@ -44,6 +44,8 @@ def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[st
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise UserError(f"{where}: a JSON array; tools/clean_wudao.py makes JSON Lines of it") from error
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except ValueError as error:
         raise UserError(f"{where}: holds a number of more digits than can be read") from error

@@ -34,6 +34,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
     assert "\n" not in message
 
 
+def test_a_part_of_wudao_is_sent_to_the_cleaner(tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.json"
+    path.write_text('[{"id": 1, "content": "a"},\n{"id": 2, "content": "b"}]\n')
+    with pytest.raises(
+        UserError, match=r"part-00000\.json line 1: a JSON array; tools/clean_wudao\.py makes JSON Lines"
+    ):
+        list(read_documents(path, "content"))
+
+
 def test_gzip_reads_like_plain(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress('{"text": "第一段"}\n{"text": "第二段"}'.encode()))
