@@ -19,6 +19,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 # What tools write beside data: a folder of theirs can be the input of the next tool as it is.
 TOOL_FILES = frozenset({"report.json", "timings.json", "sample.json", "quarantine.jsonl"})
+_TOOL_ENDING = ".report.json"
 # Compressed bytes decompressed at a time. A 4-byte block of zstd can stand for 128 KiB, so this also bounds memory:
 # 64 MiB.
 _FEED = 2048
@@ -71,7 +72,8 @@ def _data_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         plain_name = path.name.removesuffix(".gz").removesuffix(".zst")
-        if not hidden and plain_name not in TOOL_FILES and base_suffix(path) in DATA_SUFFIXES and path.is_file():
+        own = plain_name in TOOL_FILES or plain_name.endswith(_TOOL_ENDING)
+        if not hidden and not own and base_suffix(path) in DATA_SUFFIXES and path.is_file():
             yield path
 
 

@@ -83,7 +83,6 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
     Raises:
         UserError: a file is missing, cannot be read, is no Megatron index, cut short, or they do not belong together.
     """
-    _check_exists(prefix, flag)
     try:
         return _open(prefix, flag)
     except OSError as error:
@@ -91,8 +90,41 @@ def open_indexed(prefix: str | Path, flag: str = "--data-path") -> IndexedFile:
         raise UserError(f"{flag} {prefix}: the pair cannot be read: {error.strerror}{cure}") from error
 
 
-def _open(prefix: str | Path, flag: str) -> IndexedFile:
-    index, tokens = idx_path(prefix), bin_path(prefix)
+@dataclass(frozen=True)
+class IndexHeader:
+    """What an index says of itself; the file has the size that follows from it.
+
+    Attributes:
+        dtype: of the ids.
+        sequences: how many there are.
+        documents: how many there are.
+        multimodal: a byte a sequence follows, which text training ignores.
+    """
+
+    dtype: np.dtype
+    sequences: int
+    documents: int
+    multimodal: bool
+
+    @property
+    def offsets_start(self) -> int:
+        """Where the byte offsets begin; the lengths stand before them, from `HEADER.size` on."""
+        return HEADER.size + 4 * self.sequences
+
+    @property
+    def marks_start(self) -> int:
+        """Where the document marks begin."""
+        return HEADER.size + 12 * self.sequences
+
+
+def read_header(prefix: str | Path, flag: str) -> IndexHeader:
+    """The header of a pair's index.
+
+    Raises:
+        UserError: a file is missing, or the index is none, was cut short, or holds no tokens of a text.
+    """
+    _check_exists(prefix, flag)
+    index = idx_path(prefix)
     size = index.stat().st_size
     with index.open("rb") as stream:
         header = stream.read(HEADER.size)
@@ -102,7 +134,6 @@ def _open(prefix: str | Path, flag: str) -> IndexedFile:
     if version != 1 or code not in DTYPE_OF_CODE:
         raise UserError(f"{flag} {prefix}: {index} has version {version} and dtype code {code}; known: 1, and 1-8")
     needed = HEADER.size + 12 * sequences + 8 * marks
-    # Multimodal indices carry one more byte a sequence, which text training ignores.
     if size not in (needed, needed + sequences):
         raise UserError(
             f"{flag} {prefix}: {index} holds {size} bytes but announces {needed}; it was cut short or "
@@ -113,6 +144,13 @@ def _open(prefix: str | Path, flag: str) -> IndexedFile:
         raise UserError(f"{flag} {prefix}: {index} stores {dtype}; token files hold integers")
     if sequences == 0:
         raise UserError(f"{flag} {prefix}: the pair holds no documents")
+    return IndexHeader(dtype, sequences, marks - 1, multimodal=size != needed)
+
+
+def _open(prefix: str | Path, flag: str) -> IndexedFile:
+    index, tokens = idx_path(prefix), bin_path(prefix)
+    header = read_header(prefix, flag)
+    dtype, sequences, marks = header.dtype, header.sequences, header.documents + 1
     body = np.memmap(index, mode="r", offset=HEADER.size)
     lengths = body[: 4 * sequences].view("<i4")
     offsets = body[4 * sequences : 12 * sequences].view("<i8")

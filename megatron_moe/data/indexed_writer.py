@@ -47,6 +47,8 @@ class IndexedWriter:
         self._dtype = np.dtype(dtype)
         self._code = CODE_OF_DTYPE[self._dtype]
         self.sequences = self.documents = self.tokens = 0
+        # Sequences that belong to a document.
+        self._marked = 0
         folder = Path(bin_path(prefix)).parent if scratch is None else scratch
         suffix = f".{os.getpid()}.tmp"
         self._bin_tmp = folder / (bin_path(prefix).name + suffix)
@@ -79,7 +81,8 @@ class IndexedWriter:
             )
         with self._disk_errors():
             self._stream.write(tokens.tobytes())
-            self._add_columns(lengths, documents)
+        self._add_lengths(lengths)
+        self._add_counts(documents)
 
     def add_stored(
         self,
@@ -92,24 +95,45 @@ class IndexedWriter:
         Raises:
             EOFError: the file ends before them.
         """
+        self.add_sequences(source, lengths)
+        self._add_counts(documents)
+
+    def add_sequences(self, source: Readable, lengths: npt.NDArray[np.integer]) -> None:
+        """Append sequences that stand in a file, without saying yet which documents they are; see `add_marks`.
+
+        Raises:
+            EOFError: the file ends before them.
+        """
         with self._disk_errors():
             copy_bytes(source, self._stream, int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize)
-            self._add_columns(lengths, documents)
+        self._add_lengths(lengths)
 
-    def _add_columns(self, lengths: npt.NDArray[np.integer], documents: npt.NDArray[np.integer] | None) -> None:
+    def add_marks(self, ends: npt.NDArray[np.int64]) -> None:
+        """Append documents by the number of sequences in the pair where each ends."""
+        if len(ends):
+            if int(ends[0]) < self._marked or bool(np.any(np.diff(ends) < 0)):
+                raise ValueError("documents must end one after the other")
+            with self._disk_errors():
+                self._columns[2].write(ends.astype("<i8").tobytes())
+            self.documents += len(ends)
+            self._marked = int(ends[-1])
+
+    def _add_lengths(self, lengths: npt.NDArray[np.integer]) -> None:
         ends = self.tokens + np.cumsum(lengths, dtype=np.int64)
-        if documents is None:
-            marks = np.arange(self.sequences + 1, self.sequences + len(lengths) + 1, dtype=np.int64)
-        else:
-            if int(documents.sum(dtype=np.int64)) != len(lengths):
-                raise ValueError(f"{len(lengths)} sequences, but documents of {int(documents.sum())}")
-            marks = self.sequences + np.cumsum(documents, dtype=np.int64)
-        columns = (lengths.astype("<i4"), (ends - lengths) * self._dtype.itemsize, marks)
-        for column, values in zip(self._columns, columns, strict=True):
-            column.write(values.tobytes())
+        with self._disk_errors():
+            self._columns[0].write(lengths.astype("<i4").tobytes())
+            self._columns[1].write(((ends - lengths) * self._dtype.itemsize).astype("<i8").tobytes())
         self.sequences += len(lengths)
-        self.documents += len(marks)
         self.tokens = int(ends[-1]) if len(ends) else self.tokens
+
+    def _add_counts(self, documents: npt.NDArray[np.integer] | None) -> None:
+        """Mark documents of so many sequences each; None: of one, up to the last sequence."""
+        if documents is None:
+            self.add_marks(np.arange(self._marked + 1, self.sequences + 1, dtype=np.int64))
+        else:
+            self.add_marks(self._marked + np.cumsum(documents, dtype=np.int64))
+        if self._marked != self.sequences:
+            raise ValueError(f"{self.sequences} sequences, but documents of {self._marked}")
 
     def close(self) -> None:
         """Write the index and give the pair its names.
@@ -117,6 +141,8 @@ class IndexedWriter:
         An index is what makes a pair exist, and two renames are not one step: so the old index goes first and
         the new one comes last, and at no moment does an index stand beside a token file it does not describe.
         """
+        if self._marked != self.sequences:
+            raise ValueError(f"{self.sequences} sequences, but documents of {self._marked}")
         self._sync(self._stream)
         with self._idx_tmp.open("wb") as stream:
             stream.write(HEADER.pack(MAGIC, 1, self._code, self.sequences, self.documents + 1))

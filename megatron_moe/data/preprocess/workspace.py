@@ -1,6 +1,6 @@
 """The folder PREFIX.parts of an unfinished run: finished parts, which a run that was killed does not do again.
 
-    job.json                what the parts were made with
+    job                     what the parts were made with
     lock                    held by the one run that works here
     NAME.0.bin .lengths ... of piece NAME (tasks.py), for every field: tokens, int32 tokens of each sequence, int32
     NAME.0.documents        sequences of each document (with --split-sentences only)
@@ -25,7 +25,7 @@ from megatron_moe.data.files import atomic_write
 from megatron_moe.data.preprocess.job import Totals, fingerprint
 
 COLUMNS = ("bin", "lengths", "documents")
-_JOB = "job.json"
+_JOB = "job"
 _LOCK = "lock"
 
 
