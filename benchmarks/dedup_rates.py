@@ -384,7 +384,7 @@ def _run(documents: Texts, near: NearDedup) -> tuple[set[tuple[int, int]], int]:
     return found, report.exact + report.near
 
 
-def scale(documents: int, shards: int = 20) -> None:
+def scale(documents: int, shards: int = 100) -> None:
     """Seconds, peak memory and bytes of matching and deciding over random signatures, a tenth of them copies."""
     near = NearDedup()
     generator = np.random.default_rng(0)

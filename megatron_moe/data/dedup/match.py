@@ -11,6 +11,7 @@ over its column as the given memory needs. The result does not depend on the num
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,10 @@ from megatron_moe.data.dedup.signatures import SignatureFile, agreements_needed
 from megatron_moe.data.dedup.units import I64, U64
 
 KIND = "pairs"
-BYTES_PER_DOCUMENT = 48
+BYTES_PER_DOCUMENT = 56
 DEFAULT_MEMORY = 1 << 30
-# Candidates whose sketches are in memory together: 32 MiB of them with 128 permutations.
-_CANDIDATES_AT_ONCE = 1 << 18
+# Candidates whose sketches are in memory together: 8 MiB of them with 128 permutations, and some copies.
+_CANDIDATES_AT_ONCE = 1 << 16
 # How often the documents of a bucket that are not like its first one look for another first one among themselves.
 _LEADERS = 16
 
@@ -92,9 +93,8 @@ def match_exact(
     with table_writer(output, KIND, {"of": "exact", "near": None, "shards": shards.fingerprint}) as writer:
         passes = _passes(shards.documents, memory)
         for part in range(passes):
-            for members, group in _buckets(*_gather(_exact_columns(shards, 0), part, passes)):
+            for group, (members, low) in _buckets(*_gather(_exact_columns(shards), part, passes)):
                 # Keys equal in 64 of 128 bits are nearly always of equal texts, but only nearly.
-                low = _exact_low(shards, members)
                 order = np.lexsort((members, low, group))
                 members, low, group = members[order], low[order], group[order]
                 new = np.ones(len(members), dtype=bool)
@@ -123,7 +123,7 @@ def match_band(
     with table_writer(output, KIND, {"of": band, "near": near.as_dict(), "shards": shards.fingerprint}) as writer:
         passes = _passes(shards.documents, memory)
         for part in range(passes):
-            for members, group in _buckets(*_gather(_band_columns(shards, band), part, passes)):
+            for group, (members,) in _buckets(*_gather(_band_columns(shards, band), part, passes)):
                 _match_buckets(writer, shards, near, members, group)
 
 
@@ -131,88 +131,81 @@ def _passes(documents: int, memory: int) -> int:
     return max(1, -(-documents * BYTES_PER_DOCUMENT // memory))
 
 
-Columns = Iterator[tuple[int, U64, npt.NDArray[np.bool_] | None]]
+# Keys to sort by; the documents' numbers and whatever else goes with them; which documents take part.
+Block = tuple[U64, tuple[npt.NDArray[Any], ...], npt.NDArray[np.bool_]]
 
 
-def _exact_columns(shards: Shards, half: int) -> Columns:
+def _exact_columns(shards: Shards) -> Iterator[Block]:
+    """The upper half of the keys, and the lower half to go with it."""
     for file, shard_begin in zip(shards.files, shards.begins[:-1], strict=True):
         for begin, keys in file.exact():
-            yield int(shard_begin) + begin, keys[:, half], None
+            numbers = np.arange(shard_begin + begin, shard_begin + begin + len(keys))
+            yield keys[:, 0], (numbers, keys[:, 1]), np.ones(len(keys), dtype=bool)
 
 
-def _band_columns(shards: Shards, band: int) -> Columns:
+def _band_columns(shards: Shards, band: int) -> Iterator[Block]:
     for file, shard_begin in zip(shards.files, shards.begins[:-1], strict=True):
         for begin, keys, comparable in file.band(band):
-            yield int(shard_begin) + begin, keys, comparable
+            yield keys, (np.arange(shard_begin + begin, shard_begin + begin + len(keys)),), comparable
 
 
-def _gather(columns: Columns, part: int, passes: int) -> tuple[U64, I64]:
-    """The keys of one pass (a range of keys), and whose they are, documents ascending."""
-    keys_found: list[U64] = []
-    numbers_found: list[I64] = []
-    for begin, keys, comparable in columns:
-        chosen = ((keys >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32) == part
-        if comparable is not None:
-            chosen &= comparable
-        rows = np.flatnonzero(chosen)
-        keys_found.append(keys[rows])
-        numbers_found.append(rows + begin)
-    if not keys_found:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    return np.concatenate(keys_found), np.concatenate(numbers_found)
+def _gather(blocks: Iterator[Block], part: int, passes: int) -> tuple[npt.NDArray[Any], ...]:
+    """The keys of one pass (a range of keys) and what goes with them, documents ascending."""
+    found: list[tuple[npt.NDArray[Any], ...]] = []
+    for keys, others, chosen in blocks:
+        rows = np.flatnonzero(chosen & (((keys >> np.uint64(32)) * np.uint64(passes)) >> np.uint64(32) == part))
+        found.append((keys[rows], *(other[rows] for other in others)))
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
-def _buckets(keys: U64, numbers: I64) -> Iterator[tuple[I64, I64]]:
-    """Documents with a key that another one has too, and the number of their bucket; keys and documents ascending.
+def _buckets(*columns: npt.NDArray[Any]) -> Iterator[tuple[I64, tuple[npt.NDArray[Any], ...]]]:
+    """The number of the bucket and all but the keys of documents whose key another one has too; both ascending.
 
     Given in pieces of at most `_CANDIDATES_AT_ONCE` and whole buckets; a larger bucket comes in several pieces, each of
     which begins with the bucket's first document.
     """
-    order = np.argsort(keys)
+    if not columns:
+        return
+    keys, *others = columns
+    del columns
+    # Stable, so documents with the same key stay ascending; each array goes as soon as the next one is made.
+    order = np.argsort(keys, kind="stable")
     keys = keys[order]
     equal = keys[1:] == keys[:-1]
     shared = np.zeros(len(keys), dtype=bool)
     shared[1:] = equal
     shared[:-1] |= equal
-    keys, order = keys[shared], order[shared]
-    if not len(keys):
-        return
-    members = numbers[order]
+    keys = keys[shared]
+    order = order[shared]
+    for place in range(len(others)):
+        others[place] = others[place][order]
     del order, shared, equal
-    group = np.cumsum(np.concatenate(([True], keys[1:] != keys[:-1]))) - 1
-    order = np.lexsort((members, group))
-    members, group = members[order], group[order]
-    begins = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
-    ends = np.append(begins[1:], len(members))
+    begins = _group_begins(keys)
+    ends = np.append(begins[1:], len(keys))
+    del keys
     first = 0
     while first < len(begins):
         last = max(int(np.searchsorted(ends, begins[first] + _CANDIDATES_AT_ONCE, side="right")), first + 1)
         begin, end = int(begins[first]), int(ends[last - 1])
-        yield (
-            members[begin : min(end, begin + _CANDIDATES_AT_ONCE)],
-            group[begin : min(end, begin + _CANDIDATES_AT_ONCE)],
-        )
-        for more in range(begin + _CANDIDATES_AT_ONCE, end, _CANDIDATES_AT_ONCE - 1):
-            rows = np.arange(more, min(end, more + _CANDIDATES_AT_ONCE - 1))
-            yield np.append(members[begin], members[rows]), np.append(group[begin], group[rows])
+        if end - begin <= _CANDIDATES_AT_ONCE:
+            group = np.repeat(np.arange(first, last), ends[first:last] - begins[first:last])
+            yield group, tuple(other[begin:end] for other in others)
+        else:
+            for more in range(begin + 1, end, _CANDIDATES_AT_ONCE - 1):
+                rows = np.append(begin, np.arange(more, min(end, more + _CANDIDATES_AT_ONCE - 1)))
+                yield np.zeros(len(rows), dtype=np.int64), tuple(other[rows] for other in others)
         first = last
+
+
+def _group_begins(values: npt.NDArray[Any]) -> I64:
+    """Where a new value begins in a sorted array."""
+    return np.flatnonzero(np.concatenate((np.ones(min(len(values), 1), dtype=bool), values[1:] != values[:-1])))
 
 
 def _last_true(marks: npt.NDArray[np.bool_]) -> I64:
     """For each place the last marked place up to it."""
     places: I64 = np.maximum.accumulate(np.where(marks, np.arange(len(marks)), 0))
     return places
-
-
-def _exact_low(shards: Shards, members: I64) -> U64:
-    """The other half of the exact keys of some documents."""
-    ascending = np.argsort(members)
-    wanted = members[ascending]
-    result = np.empty(len(members), dtype=np.uint64)
-    for begin, keys, _ in _exact_columns(shards, 1):
-        first, last = np.searchsorted(wanted, [begin, begin + len(keys)])
-        result[ascending[first:last]] = keys[wanted[first:last] - begin]
-    return result
 
 
 def _match_buckets(writer: TableWriter, shards: Shards, near: NearDedup, members: I64, group: I64) -> None:

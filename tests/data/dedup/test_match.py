@@ -1,5 +1,6 @@
 """Pairs against a plain dictionary of buckets, with real and made-up signatures; the same for every memory limit."""
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,6 +152,32 @@ def test_memory_does_not_change_the_file(
         match_exact(files, NEAR, tmp_path / "exact.pairs", memory)
         results.add((tmp_path / "band.pairs").read_bytes() + (tmp_path / "exact.pairs").read_bytes())
     assert len(results) == 1
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    count = 400_000
+    generator = np.random.default_rng(0)
+    keys = generator.integers(0, count // 2, size=(count, 1), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    near = NearDedup(permutations=2, bands=1, rows=2)
+    shard = Signatures(
+        np.concatenate([keys, keys], axis=1), np.ones(count, np.uint32), keys, np.zeros((count, 2), np.uint8)
+    )
+    files = _write(tmp_path, [shard], near)
+    del shard, keys
+    peaks = []
+    for memory in (1 << 30, 2 << 20):
+        for match in (
+            lambda memory: match_exact(files, near, tmp_path / "exact.pairs", memory),
+            lambda memory: match_band(files, 0, near, tmp_path / "band.pairs", memory),
+        ):
+            tracemalloc.start()
+            match(memory)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    # All at once takes what is said a document; beside a small limit, one group of a file and one block of candidates.
+    assert max(peaks[:2]) < count * match_module.BYTES_PER_DOCUMENT
+    assert min(peaks[:2]) > 12 << 20
+    assert max(peaks[2:]) < 8 << 20
 
 
 def test_large_buckets_come_in_pieces_with_their_first_document(
