@@ -81,7 +81,7 @@ def check_exportable(model: ModelFile, where: str) -> None:
     if model.model_type == "unigram":
         reason = (
             "a unigram model has no exact counterpart: SentencePiece adds scores in 32 bits, tokenizers in 64, and "
-            "between near-equal cuts of a text they choose differently; train with --model-type bpe"
+            "between equal cuts, as of a run of dashes, they choose differently; train with --model-type bpe"
         )
     elif model.model_type != "bpe":
         reason = f"its type is {model.model_type}; only bpe can be exported"

@@ -25,6 +25,8 @@ def trainer_lines(text: str) -> tuple[list[str], int]:
     """
     if "\0" in text or UNKNOWN_MARK in text:
         text = text.replace("\0", "\n").replace(UNKNOWN_MARK, "\n")
+    if len(text) <= _SURELY_SHORT:
+        return [line for line in text.split("\n") if line and not line.isspace()], 0
     lines: list[str] = []
     cut = 0
     for line in text.split("\n"):
