@@ -178,8 +178,17 @@ def _name(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
 
 
-def cut_objects(source: Source, size: int, count: int, options: ReadOptions) -> list[int]:
+def cut_objects(
+    source: Source, size: int, count: int, options: ReadOptions, progress: Callable[[int], object]
+) -> list[int]:
     """Where to cut a plain file of JSON objects into `count` ranges: only a reader from the start knows for certain.
+
+    Args:
+        source: the file.
+        size: its bytes.
+        count: into how many ranges.
+        options: how its records are read.
+        progress: told how far it is read.
 
     Returns:
         count + 1 offsets: the body's start, the first record at or after each equal share of the file, its end.
@@ -190,6 +199,7 @@ def cut_objects(source: Source, size: int, count: int, options: ReadOptions) -> 
         for offset, _, _ in ObjectScanner(read, source.body, _ignore, options.fields, options.longest_record):
             while len(cuts) < len(wanted) and offset >= wanted[len(cuts)]:
                 cuts.append(offset)
+                progress(offset)
             if len(cuts) == len(wanted):
                 break
     return [source.body, *cuts, *[size] * (count - len(cuts))]

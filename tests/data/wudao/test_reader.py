@@ -1,5 +1,6 @@
 """Every record that can be read is read, from ranges as from the whole; the rest is reported with its place."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -83,9 +84,9 @@ def test_ranges_give_the_records_of_the_whole(
         if source.form == "lines":
             bounds = sorted({0, *range(0, len(content), max(1, len(content) // cuts)), len(content)})
         else:
-            bounds = cut_objects(source, len(content), cuts, OPTIONS)
+            bounds = cut_objects(source, len(content), cuts, OPTIONS, id)
             assert len(bounds) == cuts + 1
-        pieces = [read(path, start=start, end=end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        pieces = [read(path, start=start, end=end) for start, end in itertools.pairwise(bounds)]
     assert [document for part, _ in pieces for document in part] == documents
     assert not [fault for _, part in pieces for fault in part]
 
@@ -115,10 +116,10 @@ def test_ranges_of_a_damaged_file_give_the_records_of_the_whole(
     if source.form == "lines":
         bounds = [len(content) * number // cuts for number in range(cuts + 1)]
     elif source.form == "objects":
-        bounds = cut_objects(source, len(content), cuts, OPTIONS)
+        bounds = cut_objects(source, len(content), cuts, OPTIONS, id)
     else:
         return
-    pieces = [read(path, start=start, end=end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [read(path, start=start, end=end) for start, end in itertools.pairwise(bounds)]
     assert [document for part, _ in pieces for document in part] == documents
     lost = [fault.offset for fault in faults if not fault.kept]
     assert [fault.offset for _, part in pieces for fault in part if not fault.kept] == lost

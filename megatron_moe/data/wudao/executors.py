@@ -1,0 +1,230 @@
+"""Run the stages of a job on this machine: processes, a progress bar, and no failure that goes unnoticed."""
+
+import contextlib
+import fcntl
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.data.command_line import byte_progress
+from megatron_moe.data.wudao.job import STAGES, Job, StageName, load_job
+from megatron_moe.data.wudao.stages import run_task, task_bytes
+
+_POLL_SECONDS = 0.2
+# State of a task in the shared table, beside its bytes.
+_WAITING, _RUNNING = 0, 1
+
+
+class TaskFailedError(Exception):
+    """A task raised something that is not the user's mistake, or its process died; the message is one line."""
+
+
+def task_label(job: Job, stage: StageName, number: int) -> str:
+    """How errors name a task: by the file that it works on, where it is one."""
+    if stage == "scan":
+        return job.inputs[job.scanned_files[number]].shown
+    if stage in ("clean", "write"):
+        task = job.tasks[number]
+        shown = job.inputs[task.file].shown
+        return f"{shown} (part {task.part + 1} of {task.parts})" if task.parts > 1 else shown
+    return f"stage {stage}, task {number}"
+
+
+def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
+    """Do all that is left of a job.
+
+    Args:
+        job: a job that is saved.
+        workers: processes; 1 works in this one.
+        progress: show bars on standard error; None: if it is a terminal.
+
+    Raises:
+        UserError: something the user can mend.
+        TaskFailedError: anything else that ended a task; what is done stays done.
+    """
+    with _locked(job):
+        _remove_leftovers(job)
+        # Without this, tqdm's monitor thread would be alive when processes start.
+        tqdm.monitor_interval = 0
+        stages = [stage for stage in STAGES if job.stage_tasks(stage)]
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(_Pool(job, workers)) if workers > 1 else None
+            for place, stage in enumerate(stages, 1):
+                left = [number for number in range(job.stage_tasks(stage)) if not job.is_done(stage, number)]
+                if not left:
+                    continue
+                sizes = {number: task_bytes(job, stage, number) for number in left}
+                with byte_progress(sum(sizes.values()), f"[{place}/{len(stages)}] {stage}", progress) as bar:
+                    if pool is None or len(left) == 1:
+                        _run_here(job, stage, sizes, bar)
+                    else:
+                        pool.run(stage, sizes, bar)
+
+
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    """Keep a second process from working in the same folder; the lock ends with the process, however it ends."""
+    try:
+        with (job.work / "lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{job.where}: another process is working there; wait until it ends") from error
+            yield
+    except OSError as error:
+        raise disk_error(job.where, error) from error
+
+
+def _remove_leftovers(job: Job) -> None:
+    """What killed processes left half written: nothing else writes here while the lock is held."""
+    finals = {job.final_shard(task).name for task in job.tasks}
+    for path in [*job.output.glob("*.tmp"), *job.work.glob("*/*.tmp"), *job.work.glob("*.tmp")]:
+        own = path.parent != job.output or path.name.rsplit(".", 2)[0] in finals
+        if own or path.name.startswith(("report.", "timings.", "quarantine.")):
+            path.unlink(missing_ok=True)
+
+
+def _run_here(job: Job, stage: StageName, sizes: dict[int, int], bar: Any) -> None:
+    finished = 0
+    for number, size in sizes.items():
+
+        def show(done: int, base: int = finished, size: int = size) -> None:
+            bar.update(base + min(done, size) - bar.n)
+
+        try:
+            run_task(job, stage, number, show)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failure(job, stage, number, error) from error
+        finished += size
+        bar.update(finished - bar.n)
+
+
+def _failure(job: Job, stage: StageName, number: int, error: BaseException) -> TaskFailedError:
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return TaskFailedError(
+        f"{task_label(job, stage, number)}: {what}; start the same command again to go on from there"
+    )
+
+
+class _Pool:
+    """Worker processes that live over all stages.
+
+    Each task has a place in two shared tables, so that progress and the process of a task are known without locks,
+    which a killed process would hold forever.
+    """
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self._job = job
+        # spawn: a fork of a process with threads may hang.
+        context: SpawnContext = multiprocessing.get_context("spawn")
+        self._slots = max(job.stage_tasks(stage) for stage in STAGES)
+        self._bytes = context.RawArray("q", self._slots)
+        self._processes = context.RawArray("q", self._slots)
+        initial = (str(job.output), self._bytes, self._processes)
+        self._pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=initial)
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            # What is under way would be thrown away: after an error or Ctrl-C nobody waits minutes for it.
+            for process in {process for process in self._processes if process}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, stage: StageName, sizes: dict[int, int], bar: Any) -> None:
+        """Do tasks of one stage; returns when all are done."""
+        for slot in range(self._slots):
+            self._bytes[slot] = self._processes[slot] = 0
+        # The largest first, so that none of them is begun last.
+        order = sorted(sizes, key=lambda number: (-sizes[number], number))
+        pending: dict[Future[None], int] = {}
+        try:
+            pending = {self._pool.submit(_work, stage, number): number for number in order}
+            while pending:
+                done, _ = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    number = pending.pop(future)
+                    self._check(future, stage, number)
+                    self._bytes[number] = sizes[number]
+                bar.update(sum(min(self._bytes[number], size) for number, size in sizes.items()) - bar.n)
+        except BrokenProcessPool as error:
+            raise self._died(stage) from error
+
+    def _check(self, future: Future[None], stage: StageName, number: int) -> None:
+        try:
+            future.result()
+        except (UserError, BrokenProcessPool):
+            raise
+        except Exception as error:
+            raise _failure(self._job, stage, number, error) from error
+
+    def _died(self, stage: StageName) -> TaskFailedError:
+        """All of a broken pool's futures fail alike: the table says what was being done."""
+        count = self._job.stage_tasks(stage)
+        running = [
+            number for number in range(count) if self._processes[number] and not self._job.is_done(stage, number)
+        ]
+        files = ", ".join(task_label(self._job, stage, number) for number in running) or f"stage {stage}"
+        return TaskFailedError(
+            f"a worker process was killed (out of memory?) while working on {files}; "
+            "start the same command again to go on from there, with fewer --workers if memory was short"
+        )
+
+
+# A worker's job, and the shared tables of `_Pool`; it has no other state.
+_worker: tuple[Job, Any, Any] | None = None
+
+
+def _start_worker(output: str, done_bytes: Any, processes: Any) -> None:
+    global _worker
+    # Ctrl-C reaches the whole process group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = (load_job(Path(output)), done_bytes, processes)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers, and they would wait for its next task forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(stage: StageName, number: int) -> None:
+    if _worker is None:
+        raise RuntimeError("the worker was not started by _start_worker")
+    job, done_bytes, processes = _worker
+    processes[number] = os.getpid()
+
+    def show(done: int) -> None:
+        done_bytes[number] = done
+
+    try:
+        run_task(job, stage, number, show)
+    except Exception as error:
+        # Exceptions with more than one argument may not survive pickling, and the traceback never does.
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        raise
+    finally:
+        processes[number] = 0
