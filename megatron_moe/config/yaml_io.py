@@ -108,6 +108,15 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> Values:
     Raises:
         ConfigError: the file cannot be read, is not YAML, or has an unknown key or a value of a wrong type.
     """
+    return parse_values(read_yaml_text(path), str(path), sections)
+
+
+def read_yaml_text(path: str | Path) -> str:
+    """The text of a config file.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8, or is too large to be one.
+    """
     try:
         with Path(path).open("rb") as stream:
             content = stream.read(_LARGEST_FILE + 1)
@@ -117,7 +126,7 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> Values:
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
     if len(content) > _LARGEST_FILE:
         raise ConfigError(f"{path}: is larger than {_LARGEST_FILE >> 20} MiB, so it is no config file")
-    return parse_values(text, str(path), sections)
+    return text
 
 
 def recipe_names() -> list[str]:
@@ -147,22 +156,35 @@ def parse_values(text: str, source: str, sections: Mapping[str, type]) -> Values
     Raises:
         ConfigError: not YAML, an unknown or repeated key, or a value of a wrong type.
     """
+    values: Values = {}
+    for name, body in _mapping(parse_yaml(text, source), source, "the file").items():
+        if name not in sections:
+            raise ConfigError(f"{source}: {_one_line(name)}: unknown section; {_suggest_section(name, sections)}")
+        values[name] = parse_section(body, f"{source}: {name}", sections[name])
+    return values
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """What YAML text stands for; repeated keys, aliases and what only means harm are errors.
+
+    Raises:
+        ConfigError: it is not YAML; the message names `source` and the line.
+    """
     try:
-        document = yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}{_yaml_problem(error)}") from error
     except (ValueError, OverflowError) as error:
         # Of PyYAML's scanner, for characters and versions that are none.
         raise ConfigError(f"{source}: not YAML: {_one_line(error)}") from error
-    values: Values = {}
-    for name, body in _mapping(document, source, "the file").items():
-        if name not in sections:
-            raise ConfigError(f"{source}: {_one_line(name)}: unknown section; {_suggest_section(name, sections)}")
-        values[name] = _parse_section(body, f"{source}: {name}", sections[name])
-    return values
 
 
-def _parse_section(body: Any, source: str, section: type) -> dict[str, Any]:
+def parse_section(body: Any, source: str, section: type) -> dict[str, Any]:
+    """The values that a parsed mapping sets of a section, with keys and types checked.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), or a value of a wrong type.
+    """
     fields = section_fields(section)
     values = {}
     for key, value in _mapping(body, source, "a section").items():

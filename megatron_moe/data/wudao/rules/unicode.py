@@ -1,0 +1,184 @@
+"""Characters that are not what the author wrote: wrong decoding, control characters, presentation forms, garbage."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from megatron_moe.data.files import require_package
+from megatron_moe.data.wudao.rules import characters
+from megatron_moe.data.wudao.rules.base import Cleaner
+
+# What Windows-1252 makes of the bytes 0x80 to 0x9F, and Latin-1 of the upper half.
+_UPPER_BYTES = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ\x80-\xff"
+# A lead byte of three and two or more trail bytes: what one Chinese character becomes.
+_MISREAD = re.compile(f"[{_UPPER_BYTES}]*[\xc2-\xf4][{_UPPER_BYTES} ]*[{_UPPER_BYTES}]")
+_MISREAD_GBK = re.compile(f"[{characters.MISREAD_GBK}]")
+_CHINESE = re.compile(f"[{characters.HAN_CLASS}{characters.CJK_PUNCTUATION_CLASS}]")
+
+
+@dataclass(frozen=True)
+class Mojibake(Cleaner):
+    """Mends UTF-8 that was read as Windows-1252 (ftfy) or as GBK: 你好 comes out of ä½\xa0å¥½ and of 浣犲ソ.
+
+    Only what decodes without loss is changed, piece by piece, and only if Chinese comes out of it.
+    """
+
+    name: ClassVar[str] = "mojibake"
+    source: ClassVar[str] = "WuDaoCorpora (garbled text); ftfy's fix_encoding"
+    needs: ClassVar[int] = characters.SUSPECT
+    titles: ClassVar[bool] = True
+
+    def prepare(self) -> None:
+        """Load ftfy."""
+        require_package("ftfy", "--recipe")
+
+    def identity(self) -> dict[str, Any]:
+        """With ftfy's version."""
+        return {**super().identity(), "ftfy": require_package("ftfy", "--recipe").__version__}
+
+    def clean(self, text: str) -> str:
+        """Mend every piece that can be."""
+        text = _MISREAD.sub(_mended_latin, text)
+        if _MISREAD_GBK.search(text):
+            text = "\n".join(map(_mended_gbk, text.split("\n")))
+        return text
+
+
+def _mended_latin(match: re.Match[str]) -> str:
+    mended: str = require_package("ftfy", "--recipe").fix_encoding(match.group())
+    return mended if _CHINESE.search(mended) else match.group()
+
+
+def _mended_gbk(line: str) -> str:
+    """A line of UTF-8 read as GBK decodes as UTF-8 once more; a line of real Chinese never does."""
+    if not _MISREAD_GBK.search(line):
+        return line
+    try:
+        mended = line.encode("gb18030").decode("utf-8")
+    except UnicodeError:
+        return line
+    return mended if _CHINESE.search(mended) else line
+
+
+_LINE_END = re.compile(f"\r\n|[{characters.LINE_ENDS}]")
+# Control sequences (colours, cursor), operating system commands (window titles), and short escapes of terminals.
+_ANSI = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b\n]*(?:\x07|\x1b\\\\)|\x1b[ -/]+[0-~]|\x1b[@-Z\\\\^_]"
+)
+# Typewriters and manual pages print bold and underlined text by striking twice.
+_OVERSTRIKE = re.compile("[^\n\x08]\x08")
+_STRAY = re.compile(f"[{characters.CONTROLS}{characters.INVISIBLE}{characters.BROKEN}]+")
+_STRAY_AND_PRIVATE = re.compile(
+    f"[{characters.CONTROLS}{characters.INVISIBLE}{characters.BROKEN}{characters.PRIVATE}]+"
+)
+
+
+@dataclass(frozen=True)
+class Control(Cleaner):
+    """Removes control characters, terminal colours, zero-width characters and halves of pairs.
+
+    All line ends become line feeds. Tabs, the joiners inside emoji and variation selectors stay.
+    """
+
+    private_use: Literal["remove", "keep"] = "remove"
+    """Characters of the private areas: icons of web fonts, or rare Han of old GB 18030 and HKSCS files."""
+
+    name: ClassVar[str] = "control"
+    source: ClassVar[str] = "WuDaoCorpora (control and invisible characters)"
+    destroys: ClassVar[str] = "rare Han that old encodings put in the private areas, unless private_use is keep"
+    needs: ClassVar[int] = characters.STRAY
+    titles: ClassVar[bool] = True
+
+    def clean(self, text: str) -> str:
+        """Remove them."""
+        text = _LINE_END.sub("\n", text)
+        if "\x1b" in text or "\x9b" in text:
+            text = _ANSI.sub("", text)
+        while "\x08" in text:
+            shorter = _OVERSTRIKE.sub("", text)
+            if shorter == text:
+                break
+            text = shorter
+        return (_STRAY_AND_PRIVATE if self.private_use == "remove" else _STRAY).sub("", text)
+
+
+_ODD_SPACE = re.compile(f"[{characters.ODD_SPACES}]")
+_RADICAL = re.compile("[\u2e80-\u2fdf]")
+_VERTICAL = re.compile("[\ufe10-\ufe19\ufe30-\ufe4f\uff61-\uff65]")
+# Vertical forms as horizontal writing has them; Unicode maps some of them to ASCII, which is wrong for Chinese.
+_HORIZONTAL = str.maketrans(
+    "︐︑︒︓︔︕︖︗︘︙︱︳︴︵︶︷︸︹︺︻︼︽︾︿﹀﹁﹂﹃﹄﹇﹈｡｢｣､･",
+    "，、。：；！？〖〗…—＿＿（）｛｝〔〕【】《》〈〉「」『』［］。「」、・",
+)
+_WIDE_LETTERS = {
+    code: code - 0xFEE0
+    for start, count in ((0xFF10, 10), (0xFF21, 26), (0xFF41, 26))
+    for code in range(start, start + count)
+}
+
+
+@dataclass(frozen=True)
+class Forms(Cleaner):
+    """Gives each character its usual form: canonical composition (NFC), radicals of PDF files as Han, vertical and
+    half-width punctuation as Chinese punctuation, no-break and typographic spaces as plain ones.
+
+    Not NFKC, which turns ，：（）！？ into ASCII, ① into 1 and ㎡ into m2.
+    """
+
+    wide_letters: bool = False
+    """Write full-width letters and digits (ＡＢＣ１２３) as ASCII; full-width punctuation stays."""
+
+    name: ClassVar[str] = "forms"
+    source: ClassVar[str] = "Unicode Standard Annex 15 (NFC) and the compatibility mappings of Kangxi radicals"
+    destroys: ClassVar[str] = "the newspaper's full-width digits, where wide_letters is set"
+    titles: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> int:  # type: ignore[override]
+        """Also letters and digits when those are changed."""
+        return characters.FORM | (characters.LATIN | characters.DIGIT if self.wide_letters else 0)
+
+    def identity(self) -> dict[str, Any]:
+        """With the version of Unicode."""
+        return {**super().identity(), "unicode": unicodedata.unidata_version}
+
+    def clean(self, text: str) -> str:
+        """Replace forms."""
+        text = _ODD_SPACE.sub(" ", text)
+        if _RADICAL.search(text):
+            text = _RADICAL.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text)
+        if _VERTICAL.search(text):
+            text = text.translate(_HORIZONTAL)
+        if self.wide_letters:
+            text = text.translate(_WIDE_LETTERS)
+        return unicodedata.normalize("NFC", text)
+
+
+_GARBAGE = re.compile("\ufffd|锟斤拷|锟斤|烫烫烫|屯屯屯")
+
+
+@dataclass(frozen=True)
+class Garbage(Cleaner):
+    """Drops lines full of what lost characters become (U+FFFD, 锟斤拷, 烫烫烫, 屯屯屯); removes these elsewhere."""
+
+    share: float = 0.05
+    """Drop a line when more than this share of its characters is garbage."""
+
+    name: ClassVar[str] = "garbage"
+    source: ClassVar[str] = "WuDaoCorpora (garbled text); the share is ours"
+    destroys: ClassVar[str] = "texts about 锟斤拷 and 烫烫烫 themselves"
+    needs: ClassVar[int] = characters.SUSPECT
+
+    def __post_init__(self) -> None:
+        self.require_share("share")
+
+    def clean(self, text: str) -> str:
+        """Drop or mend the lines."""
+        return "\n".join(map(self._line, text.split("\n"))) if _GARBAGE.search(text) else text
+
+    def _line(self, line: str) -> str:
+        rest = line
+        while _GARBAGE.search(rest):
+            rest = _GARBAGE.sub("", rest)
+        return "" if len(line) - len(rest) > self.share * len(line) else rest

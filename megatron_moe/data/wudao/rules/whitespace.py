@@ -1,0 +1,79 @@
+"""White space that carries no meaning."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_moe.data.wudao.rules import characters
+from megatron_moe.data.wudao.rules.base import Cleaner
+from megatron_moe.data.wudao.rules.characters import View
+
+_HAN = f"[{characters.HAN_CLASS}]"
+_CHINESE = f"[{characters.HAN_CLASS}{characters.CJK_PUNCTUATION_CLASS}]"
+# Every pattern begins with the rare character that it is about, so that searching is fast.
+_LINE_TAIL = re.compile("[ \t\u3000]+(?=\n)")
+# An ideographic space is always typography; ASCII indentation only before Chinese, for code needs its own.
+_INDENT = re.compile(f"\n(?:[ \t]*\u3000[ \t\u3000]*|[ \t]+(?=[“‘—…{_CHINESE[1:]}))")
+_RUN = re.compile(f"[ \t\u3000](?:(?<={_CHINESE}[ \t\u3000])[ \t\u3000]+|[ \t\u3000]+(?={_CHINESE}))")
+_BEFORE_MARK = re.compile("[ \u3000]+(?=[，。！？；：、）》」』】〉])")
+_AFTER_MARK = re.compile("[ \u3000](?<=[，。！？；：、（《「『【〈][ \u3000])[ \u3000]*")
+_BLANK_LINES = re.compile("\n{3,}")
+
+
+@dataclass(frozen=True)
+class Whitespace(Cleaner):
+    """Removes indentation of prose, space at line ends and around Chinese punctuation, and more than one blank line.
+
+    Runs of spaces beside Chinese become one. Line ends, the indentation of code, tabs and single spaces (第一章　总则,
+    张三 李四) stay.
+    """
+
+    name: ClassVar[str] = "whitespace"
+    source: ClassVar[str] = "WuDaoCorpora (redundant spaces)"
+    destroys: ClassVar[str] = "the layout of tables made with spaces"
+    needs: ClassVar[int] = characters.SPACE | characters.NEWLINE
+    titles: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
+    settled: ClassVar[bool] = True
+
+    def clean(self, text: str) -> str:
+        """Normalise it."""
+        return self.clean_view(View(text, characters.SPACE))
+
+    def clean_view(self, view: View) -> str:
+        """Normalise it."""
+        text = view.text
+        if view.bits & characters.SPACE:
+            # Blank lines are seen as such once their spaces are gone; the first line's indentation goes below.
+            text = _INDENT.sub("\n", _LINE_TAIL.sub("", text))
+            text = _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
+            text = _RUN.sub(lambda match: match.group()[0], text)
+        if "\n\n\n" in text:
+            text = _BLANK_LINES.sub("\n\n", text)
+        return text.strip(" \t\u3000\n")
+
+
+@dataclass(frozen=True)
+class SpelledOut(Cleaner):
+    """Joins Han characters written apart, as headings of notices are: 通 知 如 下 文 件."""
+
+    least: int = 6
+    """Where at least so many follow each other."""
+
+    name: ClassVar[str] = "spelled_out"
+    source: ClassVar[str] = "WuDaoCorpora (redundant spaces); six characters are ours"
+    destroys: ClassVar[str] = "the spaces in lists of single characters: 子 丑 寅 卯 辰 巳"
+    needs: ClassVar[int] = characters.SPACE
+    titles: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.require(self.least >= 3, "least", "at least 3")
+
+    def clean(self, text: str) -> str:
+        """Join them."""
+        spaces = text.count(" ") + text.count("\u3000")
+        if spaces < self.least - 1:
+            return text
+        pattern = f"(?<!{_CHINESE}){_HAN}(?:[ \u3000]+{_HAN}){{{self.least - 1},}}(?!{_HAN})"
+        return re.sub(pattern, lambda match: match.group().replace(" ", "").replace("\u3000", ""), text)
