@@ -24,7 +24,12 @@ from collections.abc import Callable, Sequence
 from megatron_moe.data.command_line import run_tool
 from megatron_moe.data.preprocess import commands
 
-COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {}
+COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
+    "inspect": commands.inspect_pair,
+    "merge": commands.merge_pairs,
+    "stats": commands.print_stats,
+    "verify": commands.verify_pairs,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.command_line import ToolParser, add_workers
+from megatron_moe.data.files import expand_inputs
 from megatron_moe.data.preprocess.job import MAX_DOCUMENT_BYTES, Preprocessing, PreprocessReport
+from megatron_moe.data.preprocess.lengths import describe, measure
+from megatron_moe.data.preprocess.merge import expand_prefixes, merge
+from megatron_moe.data.preprocess.report import read_report, report_path
 from megatron_moe.data.preprocess.run import preprocess
+from megatron_moe.data.preprocess.show import inspect
+from megatron_moe.data.preprocess.verify import verify
+from megatron_moe.data.tokenizer.load import load_tokenizer
 
 
 def preprocess_files(doc: str, argv: Sequence[str]) -> None:
@@ -26,11 +34,99 @@ def preprocess_files(doc: str, argv: Sequence[str]) -> None:
         metavar="N",
         help="tokens a pair may have; further ones go to PREFIX-00001-of-00004 and so on (default: one pair)",
     )
+    parser.add_argument("--verify", action="store_true", help="compare the result with the input, see `verify`")
+    parser.add_argument("--stats", action="store_true", help="print lengths and packing, see `stats`")
+    _add_seq_length(parser)
     args = parser.parse_tool_args(argv)
-    report = preprocess(
-        args.input, args.output_prefix, _job(args), workers=args.workers, shard_tokens=args.shard_tokens
-    )
+    if args.seq_length is not None and not args.stats:
+        parser.error("--seq-length: goes with --stats")
+    job = _job(args)
+    report = preprocess(args.input, args.output_prefix, job, workers=args.workers, shard_tokens=args.shard_tokens)
     _print_report(report)
+    if args.verify:
+        pairs: dict[str, list[Path]] = {key: [] for key in job.json_keys}
+        for output in report.outputs:
+            pairs[output.key].append(output.prefix)
+        _verify(report.inputs, pairs, job, args.workers)
+    if args.stats:
+        for output in report.outputs:
+            print(f"{output.prefix}: " + describe(measure(output.prefix, args.seq_length)))
+
+
+def verify_pairs(doc: str, argv: Sequence[str]) -> None:
+    """Compare what a run wrote with its input; options and files are those of its report."""
+    parser = ToolParser(doc)
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="the --output-prefix of the run")
+    _add_input(parser, required=False)
+    _add_tokenizer(parser)
+    add_workers(parser)
+    args = parser.parse_tool_args(argv)
+    path = report_path(args.prefix)
+    report = read_report(path)
+    if "totals" not in report or not isinstance(report["options"], dict):
+        raise UserError(f"{path}: is no report of a run that read text; verify the pairs that were merged instead")
+    options = report["options"]
+    job = Preprocessing(
+        data=_data(args),
+        vocab_size=args.vocab_size,
+        json_keys=tuple(options["json_keys"]),
+        append_eod=options["append_eod"],
+        split_sentences=options["split_sentences"],
+        max_length=options["max_length"],
+        max_document_bytes=options["max_document_bytes"],
+    )
+    fingerprint = load_tokenizer(job.data, job.vocab_size).fingerprint
+    if fingerprint != options["tokenizer_fingerprint"]:
+        raise UserError(
+            f"--tokenizer-model {args.tokenizer_model}: is not the one {args.prefix} was made with (fingerprint "
+            f"{fingerprint}, not {options['tokenizer_fingerprint']})"
+        )
+    inputs = expand_inputs(args.input or [Path(file["file"]) for file in report["inputs"]])
+    pairs: dict[str, list[Path]] = {key: [] for key in job.json_keys}
+    for output in report["outputs"]:
+        # Beside the report, wherever both were moved.
+        pairs[output["key"]].append(args.prefix.parent / Path(output["prefix"]).name)
+    _verify(inputs, pairs, job, args.workers)
+
+
+def _verify(inputs: Sequence[Path], pairs: dict[str, list[Path]], job: Preprocessing, workers: int) -> None:
+    count = verify(inputs, pairs, job, workers)
+    print(f"verified: {count:,} documents are exactly what {len(inputs):,} input files give")
+
+
+def merge_pairs(doc: str, argv: Sequence[str]) -> None:
+    """Put pairs together."""
+    parser = ToolParser(doc)
+    parser.add_argument("prefixes", type=Path, nargs="+", metavar="PREFIX", help="pairs in order, or folders of pairs")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX", help="the new pair")
+    args = parser.parse_tool_args(argv)
+    merged = merge(args.prefixes, args.output_prefix)
+    print(f"{args.output_prefix}.bin/.idx: {merged.documents:,} documents, {merged.sequences:,} sequences")
+
+
+def inspect_pair(doc: str, argv: Sequence[str]) -> None:
+    """Show what a pair holds."""
+    parser = ToolParser(doc)
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="the pair, without .bin or .idx")
+    _add_tokenizer(parser)
+    parser.add_argument("--document", type=int, nargs="+", default=[], metavar="I", help="show these, whole (from 0)")
+    parser.add_argument("--first", type=int, metavar="N", help="show the beginnings of the first N (default 3)")
+    args = parser.parse_tool_args(argv)
+    wants_text = args.tokenizer_model is not None or args.tokenizer_type != DataConfig.tokenizer_type
+    tokenizer = load_tokenizer(_data(args), args.vocab_size) if wants_text else None
+    first = args.first if args.first is not None else 0 if args.document else 3
+    for line in inspect(args.prefix, tokenizer, args.document, first):
+        print(line)
+
+
+def print_stats(doc: str, argv: Sequence[str]) -> None:
+    """Print lengths and packing of pairs."""
+    parser = ToolParser(doc)
+    parser.add_argument("prefixes", type=Path, nargs="+", metavar="PREFIX", help="pairs, or folders of pairs")
+    _add_seq_length(parser)
+    args = parser.parse_tool_args(argv)
+    for prefix in expand_prefixes(args.prefixes, "stats"):
+        print(f"{prefix}: " + describe(measure(prefix, args.seq_length)))
 
 
 def _print_report(report: PreprocessReport) -> None:
@@ -52,12 +148,18 @@ def _print_report(report: PreprocessReport) -> None:
     print(f"report: {report.file}")
 
 
-def _add_input(parser: ToolParser) -> None:
+def _add_seq_length(parser: ToolParser) -> None:
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="with the statistics: how well documents fill samples of N tokens"
+    )
+
+
+def _add_input(parser: ToolParser, required: bool = True) -> None:
     parser.add_argument(
         "--input",
         type=Path,
         nargs="+",
-        required=True,
+        required=required,
         metavar="PATH",
         help="JSON Lines, Parquet or plain text files, .gz or .zst too, or folders of them, in order",
     )
@@ -71,6 +173,7 @@ def _add_tokenizer(parser: ToolParser) -> None:
         help="default %(default)s",
     )
     parser.add_argument("--tokenizer-model", metavar="PATH", help=".model file, or folder of a Hugging Face tokenizer")
+    parser.add_argument("--merge-file", metavar="PATH", help="GPT2BPETokenizer: its merges.txt")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="for NullTokenizer only")
 
 
@@ -111,7 +214,9 @@ def _add_job(parser: ToolParser) -> None:
 
 
 def _data(args: argparse.Namespace) -> DataConfig:
-    return DataConfig(tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model)
+    return DataConfig(
+        tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model, merge_file=args.merge_file
+    )
 
 
 def _job(args: argparse.Namespace) -> Preprocessing:

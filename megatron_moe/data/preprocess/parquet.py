@@ -19,6 +19,12 @@ def row_group_bytes(path: Path) -> list[int]:
         return [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
 
 
+def row_count(path: Path) -> int:
+    """Rows of the file."""
+    with _opened(path) as file:
+        return file.metadata.num_rows
+
+
 def read_rows(path: Path, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, list[list[Any]]]]:
     """Rows of some row groups, a few at a time: the number of the first row (from 0) and the values of each column.
 

@@ -16,15 +16,11 @@ from megatron_moe.data.indexed import bin_path, token_dtype
 from megatron_moe.data.preprocess.assemble import Part, assemble
 from megatron_moe.data.preprocess.job import Output, Preprocessing, PreprocessReport, Totals
 from megatron_moe.data.preprocess.pool import run_tasks
+from megatron_moe.data.preprocess.report import report_path
 from megatron_moe.data.preprocess.tasks import Plan, Task
 from megatron_moe.data.preprocess.work import PartWriter
 from megatron_moe.data.preprocess.workspace import Done, Workspace, open_workspace
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
-
-
-def report_path(prefix: Path) -> Path:
-    """Where the report of a prefix stands."""
-    return Path(f"{prefix}.report.json")
 
 
 def preprocess(
@@ -80,7 +76,7 @@ def preprocess(
             seconds=time.monotonic() - started,
             file=report_path(output_prefix),
         )
-        _write_report(report, parts, options, shard_tokens)
+        _write_report(report, parts, options, shard_tokens, job.max_document_bytes)
     return report
 
 
@@ -160,14 +156,16 @@ def _in_field(key: str, job: Preprocessing) -> str:
     return f" in the field {key!r}" if len(job.json_keys) > 1 else ""
 
 
-def _write_report(report: PreprocessReport, parts: _Parts, options: dict[str, Any], shard_tokens: int | None) -> None:
+def _write_report(
+    report: PreprocessReport, parts: _Parts, options: dict[str, Any], shard_tokens: int | None, max_document_bytes: int
+) -> None:
     """Nothing of time or processes stands in it: the same input and options give the same file."""
     records: dict[Path, int] = {}
     for task, done in parts.in_order():
         records[task.path] = records.get(task.path, 0) + done.lines
     content = {
         "megatron_moe": __version__,
-        "options": {**options, "shard_tokens": shard_tokens},
+        "options": {**options, "max_document_bytes": max_document_bytes, "shard_tokens": shard_tokens},
         "inputs": [
             {"file": str(path), "bytes": path.stat().st_size, "records": records.get(path, 0)} for path in report.inputs
         ],
