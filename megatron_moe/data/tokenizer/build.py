@@ -24,7 +24,7 @@ from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import byte_progress
 from megatron_moe.data.files import atomic_file, atomic_write, expand_inputs
 from megatron_moe.data.tokenizer.export import hugging_face_files
-from megatron_moe.data.tokenizer.judge import judge_all, used_pieces
+from megatron_moe.data.tokenizer.judge import judge_all, open_all, used_pieces
 from megatron_moe.data.tokenizer.kinds.sentence_piece import SentencePieceTokenizer
 from megatron_moe.data.tokenizer.options import BuildOptions, choose_coverage
 from megatron_moe.data.tokenizer.reading import read_all
@@ -88,6 +88,8 @@ def build_tokenizer(
     space = Workspace(output, identity)
     if space.finished is not None:
         return space.finished
+    # Before the hours that training may take.
+    others = open_all(compare)
     clock = _Clock()
     state = _sample(files, space.work, options.sample, identity.sample, workers, show_progress)
     clock.mark("reading")
@@ -105,14 +107,14 @@ def build_tokenizer(
         "version": VERSION,
         "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in files],
         "heldout_files": [str(path) for path in heldout_files],
-        "options": dataclasses.asdict(options) | {"character_coverage": training.character_coverage},
+        "options": _plain(options) | {"character_coverage": training.character_coverage},
         "read": {key: value for key, value in state.items() if key not in ("identity", "character_counts")},
         # The trainer's log says how many it took; with any lost there would be no report.
         "skipped_sentences": state["sampled_sentences"] - trained.sentences,
         "special_tokens": options.symbols.ids(),
         "files": [MODEL_FILE, *sorted(exported)],
         "pieces": used_pieces(tokenizer, texts, _some_sentences(space.work / _SENTENCES), options.symbols.count),
-        "heldout": judge_all(tokenizer, texts, compare),
+        "heldout": judge_all(tokenizer, texts, others),
     }
     clock.mark("judging")
     timings = {
@@ -255,6 +257,11 @@ def _some_sentences(sentences: Path) -> list[str]:
     every = max(1, sentences.stat().st_size // _USED_TEXT_BYTES)
     with sentences.open(encoding="utf-8", newline="\n") as stream:
         return [line.rstrip("\n") for number, line in enumerate(stream) if number % every == 0]
+
+
+def _plain(options: BuildOptions) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options)))
+    return tree
 
 
 def _dump(tree: Any) -> str:

@@ -61,7 +61,8 @@ def hugging_face_files(content: bytes, where: str, context: int | None = None) -
         "model_input_names": ["input_ids", "attention_mask"],
     }
     files = {
-        TOKENIZER_FILE: _dump(tokenizer_json(model)),
+        # Without line breaks: Python's writer of indented JSON takes a third of a second for 50,000 pieces.
+        TOKENIZER_FILE: json.dumps(tokenizer_json(model), ensure_ascii=False) + "\n",
         SPECIAL_TOKENS_FILE: _dump(special),
     }
     if {symbols.SYSTEM, symbols.USER, symbols.ASSISTANT, symbols.END_OF_TURN} <= present:

@@ -19,21 +19,28 @@ _BATCH_CHARACTERS = 1 << 20
 OTHER = "(other)"
 
 
-def judge_all(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], compare: Sequence[Path]) -> dict[str, Any]:
+def open_all(paths: Sequence[Path]) -> list[tuple[str, Tokenizer]]:
+    """Tokenizers to compare with, with their names.
+
+    Raises:
+        UserError: a path holds no tokenizer.
+    """
+    return [(str(path), open_tokenizer(path, "--compare")) for path in paths]
+
+
+def judge_all(
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], others: Sequence[tuple[str, Tokenizer]] = ()
+) -> dict[str, Any]:
     """What a tokenizer and others make of the same documents.
 
     Args:
         tokenizer: the new one.
         texts: (kind of text, document).
-        compare: paths of the others.
+        others: names and tokenizers to compare with.
 
     Returns:
         The totals of the text, of each kind of text, and a list of `judge` for each tokenizer, the new one first.
-
-    Raises:
-        UserError: a path holds no tokenizer.
     """
-    others = [(str(path), open_tokenizer(path, "--compare")) for path in compare]
     sizes = Counter[str]()
     for group, text in texts:
         sizes[group] += len(text)
