@@ -11,6 +11,7 @@ from typing import get_args
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import ToolParser, add_workers
+from megatron_moe.data.wudao.distributed import SlurmOptions, run_ray, submit_slurm
 from megatron_moe.data.wudao.executors import TaskFailedError, run_local
 from megatron_moe.data.wudao.job import Job, Settings, create_job
 from megatron_moe.data.wudao.reader import ReadOptions
@@ -46,13 +47,27 @@ def main(argv: Sequence[str] | None, doc: str | None) -> int:
         print(f"{args.output}: finished before, nothing to do (--overwrite starts anew)")
     else:
         try:
-            run_local(job, args.workers)
+            if args.executor == "slurm":
+                return _submit(job, args)
+            if args.executor == "ray":
+                run_ray(job, args.workers, args.ray_address)
+            else:
+                run_local(job, args.workers)
         except TaskFailedError as error:
             if args.debug:
                 raise
             print(f"error: {error}", file=sys.stderr)
             return FAILED
     return _say(job, args.output)
+
+
+def _submit(job: Job, args: argparse.Namespace) -> int:
+    arguments = dict(word.removeprefix("--").split("=", 1) for word in args.slurm_args)
+    options = SlurmOptions(args.slurm_partition, args.slurm_time, args.slurm_memory_gb, args.slurm_qos, arguments)
+    for stage, number in submit_slurm(job, args.workers, options):
+        print(f"stage {stage}: Slurm job {number}")
+    print(f"{args.output / PAGE} is there when the last one ends; the same command then says what was done")
+    return DONE
 
 
 def _say(job: Job, output: Path) -> int:
@@ -116,11 +131,21 @@ def _parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
         help="longer records go to the quarantine, which bounds memory (default 16M)",
     )
     add_workers(parser)
+    add("--executor", choices=("local", "slurm", "ray"), default="local", help="where tasks run (default %(default)s)")
+    add("--ray-address", metavar="ADDRESS", help="a Ray cluster; by default Ray is started on this machine")
+    add("--slurm-partition", default="", metavar="NAME", help="needed for --executor slurm")
+    add("--slurm-time", default="24:00:00", metavar="TIME", help="limit of each array job (default %(default)s)")
+    add("--slurm-memory-gb", type=int, default=2, metavar="N", help="memory of each task (default %(default)s)")
+    add("--slurm-qos", default="", metavar="NAME", help="quality of service")
+    add("--slurm-args", nargs="+", default=[], metavar="NAME=VALUE", help="further flags of sbatch: account=lab")
     args = parser.parse_tool_args(argv)
     if not (args.list_recipes or args.show_recipe):
         for flag in ("input", "output"):
             if not getattr(args, flag):
                 parser.error(f"--{flag} is missing")
+    for word in args.slurm_args:
+        if "=" not in word:
+            parser.error(f"--slurm-args {word}: must be NAME=VALUE")
     if args.range_size < _LEAST_RANGE:
         parser.error(f"--range-size {args.range_size}: must be at least {_LEAST_RANGE}")
     if not 1 <= args.longest_record <= _MOST_RECORD:

@@ -55,8 +55,8 @@ def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
         UserError: something the user can mend.
         TaskFailedError: anything else that ended a task; what is done stays done.
     """
-    with _locked(job):
-        _remove_leftovers(job)
+    with locked(job):
+        remove_leftovers(job)
         # Without this, tqdm's monitor thread would be alive when processes start.
         tqdm.monitor_interval = 0
         stages = [stage for stage in STAGES if job.stage_tasks(stage)]
@@ -75,7 +75,7 @@ def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
 
 
 @contextmanager
-def _locked(job: Job) -> Iterator[None]:
+def locked(job: Job) -> Iterator[None]:
     """Keep a second process from working in the same folder; the lock ends with the process, however it ends."""
     try:
         with (job.work / "lock").open("w") as stream:
@@ -88,7 +88,7 @@ def _locked(job: Job) -> Iterator[None]:
         raise disk_error(job.where, error) from error
 
 
-def _remove_leftovers(job: Job) -> None:
+def remove_leftovers(job: Job) -> None:
     """What killed processes left half written: nothing else writes here while the lock is held."""
     finals = {job.final_shard(task).name for task in job.tasks}
     for path in [*job.output.glob("*.tmp"), *job.work.glob("*/*.tmp"), *job.work.glob("*.tmp")]:
