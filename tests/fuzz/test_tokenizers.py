@@ -191,15 +191,79 @@ def fuzz_hugging_face(guard: Guard, folder: Path, source: str) -> None:
     assert len(accepted) > 5
 
 
+def test_gpt2_and_jieba_files(hugging_face: Path, tmp_path: Path) -> None:
+    in_child(fuzz_library_files, tmp_path, str(hugging_face))
+
+
+def fuzz_library_files(guard: Guard, folder: Path, source: str) -> None:
+    """`vocab.json`, `merges.txt` and PAI's `tokenizer.json`, one of them damaged."""
+    tree = json.loads((Path(source) / "tokenizer.json").read_bytes())
+    ids = {**tree["model"]["vocab"], "<|endoftext|>": len(tree["model"]["vocab"])}
+    renamed = json.loads(json.dumps(tree).replace("<|end|>", "<|endoftext|>"))
+    merges = "".join(" ".join(pair) + "\n" for pair in tree["model"]["merges"])
+    valid = {
+        "vocab.json": json.dumps(ids).encode(),
+        "merges.txt": f"#version: 0.2\n{merges}".encode(),
+        "tokenizer.json": json.dumps(renamed).encode(),
+    }
+    kinds = {"vocab.json": "GPT2BPETokenizer", "merges.txt": "GPT2BPETokenizer", "tokenizer.json": "JiebaBPETokenizer"}
+    for name, content in valid.items():
+        (folder / name).write_bytes(content)
+    for kind in set(kinds.values()):
+        use(load_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(folder))))  # type: ignore[arg-type]
+    guard.limit_memory()
+    accepted: list[str] = []
+
+    def variants(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
+        content = damaged(valid[name], header=600)
+        if name == "tokenizer.json":
+            changed = st.builds(
+                lambda path, value: json.dumps(replace_one(renamed, path, value)).encode(),
+                st.lists(st.integers(0, 300), min_size=1, max_size=5),
+                st.sampled_from(ODD),
+            )
+            content = st.one_of(changed, changed, content)
+        return content.map(lambda content: (name, content))
+
+    @examples(90)
+    @given(st.one_of(*map(variants, valid)))
+    def check(change: tuple[str, bytes]) -> None:
+        name, content = change
+        guard.start(content)
+        for other in valid:
+            (folder / other).write_bytes(content if other == name else valid[other])
+        data = DataConfig(tokenizer_type=kinds[name], tokenizer_model=str(folder))  # type: ignore[arg-type]
+        try:
+            tokenizer = load_tokenizer(data)
+        except UserError as error:
+            check_message(error)
+            return
+        accepted.append(name)
+        use(tokenizer)
+
+    check()
+    assert len(accepted) > 5
+
+
 def test_descriptions_of_saved_tokenizers(tmp_path: Path) -> None:
     valid = json.dumps({"tokenizer_type": "NullTokenizer", "vocab_size": 64}).encode()
     fields = st.fixed_dictionaries(
         {},
         optional={
             "tokenizer_type": st.sampled_from(
-                ["NullTokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", *ODD]
+                [
+                    "NullTokenizer",
+                    "SentencePieceTokenizer",
+                    "HuggingFaceTokenizer",
+                    "GPT2BPETokenizer",
+                    "JiebaBPETokenizer",
+                    "CPMTokenizer",
+                    *ODD,
+                ]
             ),
-            "tokenizer_model": st.sampled_from(["tokenizer.model", ".", "..", "../x", "/etc/passwd", *ODD]),
+            "tokenizer_model": st.sampled_from(
+                ["tokenizer.model", "tokenizer.json", ".", "..", "../x", "/etc/passwd", *ODD]
+            ),
             "vocab_size": st.sampled_from([64, 1, 2**40, *ODD]),
         },
     )
