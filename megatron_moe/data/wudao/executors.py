@@ -78,14 +78,15 @@ def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
 def locked(job: Job) -> Iterator[None]:
     """Keep a second process from working in the same folder; the lock ends with the process, however it ends."""
     try:
-        with (job.work / "lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{job.where}: another process is working there; wait until it ends") from error
-            yield
+        stream = (job.work / "lock").open("w")
     except OSError as error:
         raise disk_error(job.where, error) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{job.where}: another process is working there; wait until it ends") from error
+        yield
 
 
 def remove_leftovers(job: Job) -> None:

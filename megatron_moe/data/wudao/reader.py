@@ -85,7 +85,7 @@ class PieceReader:
         self._piece = piece
         self._options = options
         self._report = report
-        self._place: Callable[[], int] = lambda: 0
+        self._disk_bytes = 0
 
     def __iter__(self) -> Iterator[Batch]:
         documents: list[Document] = []
@@ -97,9 +97,9 @@ class PieceReader:
             documents.append(document)
             characters += len(document.text)
             if characters >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
-                yield Batch(documents, self._place())
+                yield Batch(documents, self._disk_bytes)
                 documents, characters = [], 0
-        yield Batch(documents, self._place())
+        yield Batch(documents, self._disk_bytes)
 
     def _records(self) -> Iterator[Record]:
         piece, options = self._piece, self._options
@@ -129,10 +129,10 @@ class PieceReader:
             seen += len(data)
             if left is not None:
                 left -= len(data)
+            self._disk_bytes = disk_bytes() if source.compression else seen - piece.start
             return data
 
         with open_bytes(source, begin, damaged) as (read_bytes, disk_bytes):
-            self._place = disk_bytes if source.compression else lambda: seen - piece.start
             scan = (read, begin, self._report, options.fields, options.longest_record)
             if lines:
                 yield from LineScanner(*scan, end=piece.end, partial=partial)

@@ -1,15 +1,22 @@
 """Every record that can be read is read, from ranges as from the whole; the rest is reported with its place."""
 
+import gzip
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from megatron_moe.data.wudao.objects import Fault
 from megatron_moe.data.wudao.reader import Piece, PieceReader, ReadOptions, cut_objects
@@ -126,3 +133,182 @@ def test_ranges_of_a_damaged_file_give_the_records_of_the_whole(
     # A damaged byte costs no more than the records it touches or joins.
     if not damage:
         assert len(documents) == len(records)
+
+
+def faulty(content: bytes, tmp_path: Path, name: str = "part.json") -> tuple[list[str], list[tuple[str, int, bool]]]:
+    """Texts that are read, and of each fault its reason, offset, and whether the record was kept."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    documents, faults = read(path)
+    return [text for text, _, _ in documents], [(fault.reason, fault.offset, fault.kept) for fault in faults]
+
+
+ONE, TWO = b'{"id":1,"content":"one"}', b'{"id":2,"content":"two"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "faults"),
+    [
+        (b"[" + ONE + b',{"id":2,"content":"tw', ["one"], [("not JSON", 26, False)]),
+        (b"[" + ONE + b",\n" + TWO, ["one", "two"], [("damaged file", 51, True)]),
+        (b'[{"id":1,"content":"on},\n' + TWO + b"]", ["two"], [("not JSON", 1, False)]),
+        (b'[{"id":1,"content":"one"},\n{"id":5,"content":"' + TWO + b"]", ["one", "two"], [("not JSON", 27, False)]),
+        (b"[" + ONE + b"\0\0\0," + TWO + b"]", ["one", "two"], [("not a record", 25, False)]),
+        (b'[{"content":"\xff"},' + TWO + b"]", ["�", "two"], [("mended", 1, True)]),
+        (b'[{"content":"\\ud83d"},' + TWO + b"]", ["�", "two"], [("mended", 1, True)]),
+        (b'[{"content":"\\ud83d\\ude00 a\nb"}]', ["😀 a\nb"], [("mended", 1, True)]),
+        (b'[{"content":5},' + TWO + b"]", ["two"], [("wrong type", 1, False)]),
+        (b'[{"content":null},' + TWO + b"]", ["two"], [("wrong type", 1, False)]),
+        (b'[{"content":"one","title":7},' + TWO + b"]", ["one", "two"], [("wrong type", 1, True)]),
+        (b'[{"content":"one","title":null}]', ["one"], []),
+        (b'[{"text":"one"},' + TWO + b"]", ["two"], [("no text", 1, False)]),
+        (b'["one",' + TWO + b"]", ["two"], [("not a record", 1, False)]),
+        (b'[{"content":"a\\u0000b"}]', ["a\0b"], []),
+        (b'[{"content":"one"}' + TWO + b"]", ["one", "two"], []),
+        (b"[" + ONE + b"][" + TWO + b"]\n", ["one", "two"], []),
+        (b"", [], [("empty file", 0, False)]),
+        (b"\xef\xbb\xbf \n", [], [("empty file", 0, False)]),
+        (b"[]", [], []),
+        (b"hello", [], [("not a record", 0, False)]),
+        (b'[{"content":"one","n":NaN},' + TWO + b"]", ["one", "two"], [("mended", 1, True)]),
+        (b'[{"content":"one","n":' + b"[" * 200_000 + b"]}," + TWO + b"]", ["two"], [("not JSON", 1, False)]),
+    ],
+)
+def test_a_fault_in_an_array_costs_itself_alone(
+    content: bytes, texts: list[str], faults: list[tuple[str, int, bool]], tmp_path: Path
+) -> None:
+    assert faulty(content, tmp_path) == (texts, faults)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "faults"),
+    [
+        (ONE + b"\n\n" + TWO, ["one", "two"], []),
+        (b"\xef\xbb\xbf" + ONE + b"\r\n" + TWO + b"\r\n", ["one", "two"], []),
+        (b'{"content":"on\n' + TWO + b"\n", ["two"], [("not JSON", 0, False)]),
+        (b'{"content":"\xff\xfe"}\n' + TWO + b"\n", ["��", "two"], [("mended", 0, True)]),
+        (b'5\n"text"\n' + TWO + b"\n", ["two"], [("not a record", 0, False), ("not a record", 2, False)]),
+        (ONE + TWO + b"\n" + b"xx" + ONE + b"\n", ["one", "two", "one"], [("not a record", 49, False)]),
+    ],
+)
+def test_a_fault_in_a_line_costs_itself_alone(
+    content: bytes, texts: list[str], faults: list[tuple[str, int, bool]], tmp_path: Path
+) -> None:
+    assert faulty(content, tmp_path, "part.jsonl") == (texts, faults)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("shape", ["a line each", "lines"])
+def test_a_cut_compressed_file_gives_all_records_before_the_cut(tmp_path: Path, shape: str, ending: str) -> None:
+    # Texts that do not compress, so that the cut is near the end.
+    records = [{"id": number, "content": os.urandom(30).hex()} for number in range(2_000)]
+    plain = SHAPES[shape](records)
+    packed = gzip.compress(plain) if ending == ".gz" else zstandard.compress(plain)
+    path = tmp_path / f"part.json{ending}"
+    path.write_bytes(packed[: len(packed) * 3 // 4])
+    documents, faults = read(path)
+    assert documents == [as_read(record) for record in records[: len(documents)]]
+    # zstd gives whole blocks of 128 KiB only, which is all of this one.
+    assert len(documents) > (1_450 if ending == ".gz" else -1)
+    assert "damaged file" in [fault.reason for fault in faults]
+    path.write_bytes(packed)
+    assert read(path) == ([as_read(record) for record in records], [])
+
+
+def test_the_kind_of_file_is_told_by_its_content(tmp_path: Path) -> None:
+    records = [{"id": number, "content": f"text {number}"} for number in range(9)]
+    expected = [as_read(record) for record in records]
+    for name, content in {
+        "array.jsonl": array(records),
+        "lines.json": lines(records),
+        "plain.json.gz": array(records),
+        "packed.json": gzip.compress(array(records)),
+        "no-ending": zstandard.compress(lines(records)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == (expected, []), name
+
+
+def test_a_long_record_is_left_out_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    options = ReadOptions(longest_record=10_000)
+    for content in (b"x" * 10_001, b"x" * 9_000_000, b'},{\\"' * 5_000):
+        record = b'{"id":7,"content":"' + content + b'"}'
+        for whole, name in (
+            (b"[" + ONE + b"," + record + b"," + TWO + b"]", "a.json"),
+            (b"\n".join([ONE, record, TWO]), "b.jsonl"),
+        ):
+            path = tmp_path / name
+            path.write_bytes(whole)
+            documents, faults = read(path, options)
+            assert [text for text, _, _ in documents] == ["one", "two"]
+            assert [(fault.reason, fault.offset) for fault in faults] == [("record too long", whole.index(record))]
+            assert faults[0].size in (len(record), len(record) + 1)
+
+
+def test_rows_of_parquet_are_read_by_row_groups(tmp_path: Path) -> None:
+    records = [{"id": number, "title": f"title {number}", "content": f"text {number}"} for number in range(1_000)]
+    path = tmp_path / "part.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=300)
+    expected = [as_read(record) for record in records]
+    assert read(path) == (expected, [])
+    assert read(path, start=0, end=2)[0] + read(path, start=2, end=4)[0] == expected
+    assert read(path, ReadOptions(text_key="text"))[1][0].reason == "no text"
+
+
+def test_a_damaged_row_group_costs_itself_alone(tmp_path: Path) -> None:
+    records = [{"content": os.urandom(50).hex()} for _ in range(1_000)]
+    path = tmp_path / "part.parquet"
+    parquet.write_table(
+        pyarrow.Table.from_pylist(records), path, row_group_size=250, use_dictionary=False, compression="zstd"
+    )
+    with parquet.ParquetFile(path) as file:
+        place = file.metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place + 60 : place + 4_000] = os.urandom(3_940)
+    path.write_bytes(content)
+    documents, faults = read(path)
+    assert [text for text, _, _ in documents] == [r["content"] for r in records[:250] + records[500:]]
+    assert [(fault.reason, fault.offset, fault.size) for fault in faults] == [("damaged file", 250, 250)]
+    path.write_bytes(content[:-40])
+    assert [fault.reason for fault in read(path)[1]] == ["damaged file"]
+
+
+def test_bytes_in_parquet_that_are_not_utf8_are_mended(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    raw = pyarrow.array([b"one", b"t\xffo"]).view(pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    parquet.write_table(pyarrow.table({"content": text}), path)
+    documents, faults = read(path)
+    assert [text for text, _, _ in documents] == ["one", "t�o"]
+    assert [(fault.reason, fault.offset, fault.kept) for fault in faults] == [("mended", 1, True)]
+
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+from megatron_moe.data.wudao.reader import Piece, PieceReader, ReadOptions
+from megatron_moe.data.wudao.source import inspect_source
+# Reading a first small file loads everything that takes memory once.
+counts = []
+for path in sys.argv[1:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reader = PieceReader(Piece(inspect_source(Path(path)), 0), ReadOptions(), lambda fault: None)
+    counts.append(sum(len(batch.documents) for batch in reader))
+print(*counts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, ending: str) -> None:
+    record = orjson.dumps({"id": 1, "content": "今天天气很好，我们一起去公园散步。" * 60})
+    # And a record of 200 MB, which no reader may hold.
+    long = b'{"id":2,"content":"' + b"x" * 200_000_000 + b'"}'
+    for name, content in (("small.json", [record] * 10), ("large.json", [record] * 40_000 + [long] + [record])):
+        whole = b"[" + b",\n".join(content) + b"]"
+        (tmp_path / f"{name}{ending}").write_bytes(gzip.compress(whole, 1) if ending else whole)
+    names = [str(tmp_path / f"{name}{ending}") for name in ("small.json", "large.json")]
+    run = subprocess.run([sys.executable, "-c", READ_ALL, *names], capture_output=True, text=True, check=True)
+    small, large, kilobytes = map(int, run.stdout.split())
+    assert (small, large) == (10, 40_001)
+    # The limit of a record (16 MiB) a few times, of 330 MB.
+    assert kilobytes < 110_000
