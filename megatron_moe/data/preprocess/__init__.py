@@ -1,10 +1,20 @@
 """Documents to token ids: text files in, Megatron `.bin`/`.idx` pairs out, by any number of processes.
 
 job.py          what to do with every document, and the totals of a run
-tasks.py        the pieces the input is divided into        lines.py, parquet.py, read.py   reading a piece
-encode.py       texts to ids, lengths and counts            work.py   a worker: a piece to a finished part
-workspace.py    the folder of finished parts                pool.py   worker processes
-assemble.py     parts to pairs or shards                    run.py    all of it
+tasks.py        the pieces the input is divided into
+lines.py, parquet.py, read.py   reading a piece
+encode.py       texts to ids, lengths and counts
+work.py         a worker: a piece to a finished part
+workspace.py    the folder of finished parts
+pool.py         worker processes
+assemble.py     parts to pairs or shards
+run.py          all of it
+report.py       PREFIX.report.json
+verify.py       pairs against their input
+merge.py        pairs to one pair
+lengths.py      lengths and packing
+show.py         a pair for a person to read
+commands.py     the command lines
 """
 
 from megatron_moe.data.preprocess.job import Preprocessing, PreprocessReport, Totals

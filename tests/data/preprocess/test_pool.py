@@ -1,0 +1,59 @@
+"""Worker processes: results as they come, and every way a worker can fail is one line."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_moe.config.base import UserError
+from megatron_moe.data.preprocess.pool import run_tasks
+
+
+def make(offset: int) -> Callable[[int | str], int]:
+    def work(task: int | str) -> int:
+        match task:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "raise":
+                raise MemoryError("no more")
+            case "refuse":
+                raise UserError("a.jsonl line 3: bad")
+            case "sleep":
+                time.sleep(0.5)
+        return offset + int(task) if isinstance(task, int) else os.getpid()
+
+    return work
+
+
+def test_every_task_once() -> None:
+    assert sorted(run_tasks(make, (100,), range(20), 2)) == [(task, 100 + task) for task in range(20)]
+    assert list(run_tasks(make, (100,), range(3), 1)) == [(0, 100), (1, 101), (2, 102)]
+    assert list(run_tasks(make, (0,), [], 2)) == []
+
+
+def test_one_task_needs_no_process() -> None:
+    assert list(run_tasks(make, (0,), ["x"], 4)) == [("x", os.getpid())]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("die", "^a worker process died"),
+        ("raise", "^a worker process failed: MemoryError: no more$"),
+        ("refuse", r"^a\.jsonl line 3: bad$"),
+    ],
+)
+def test_a_failing_worker_ends_it(task: str, message: str) -> None:
+    asked = []
+
+    def tasks() -> Iterator[int | str]:
+        for number in range(10_000):
+            asked.append(number)
+            yield task if number == 3 else number
+
+    with pytest.raises(UserError, match=message):
+        list(run_tasks(make, (0,), tasks(), 2))
+    # Tasks are asked for as they are begun, and none after the error.
+    assert len(asked) < 100
