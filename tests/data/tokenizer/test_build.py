@@ -173,6 +173,46 @@ def test_a_killed_build_leaves_nothing_half_done_and_goes_on(
     assert contents(output) == contents(built)
 
 
+def test_files_get_their_names_whole(
+    built: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between two of the last renames: what has a name is whole, and the next start ends the work."""
+    output = tmp_path / "tokenizer"
+    replace = Path.replace
+
+    def stop_at_the_last(self: Path, target: Path) -> Path:
+        if target == output / "report.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop_at_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            build_tokenizer([corpus], output, options())
+    there = {path.name for path in output.iterdir()}
+    assert there == WRITTEN - {"report.json"} | {".work"}
+    build_tokenizer([corpus], output, options())
+    assert contents(output) == contents(built)
+
+
+def test_the_sample_of_other_text_is_not_used(
+    built: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", documents(400, seed=8))
+    output = tmp_path / "tokenizer"
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_moe.data.tokenizer.build.train_model", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_tokenizer([other], output, options())
+    assert (output / ".work" / "sample.json").exists()
+    build_tokenizer([corpus], output, options())
+    assert contents(output) == contents(built)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_moe.data.tokenizer.reading._WORTH_A_PROCESS", 1)
     for number in range(3):

@@ -67,6 +67,9 @@ def test_a_sample_does_not_depend_on_who_reads_what(tmp_path: Path, monkeypatch:
     assert one.heldout.in_order() == three.heldout.in_order()
     assert (one.documents, one.sentences) == (three.documents, three.sentences) == (600, one.sentences)
     assert len(one.kept.in_order()) == 100 < one.sentences
+    everything = read_all(files, SampleOptions(heldout_every=0), 1, read.append)
+    keys, places = everything.kept._joined()
+    assert len(np.unique(keys)) == len(np.unique(places)) == everything.sentences
 
 
 def test_documents_are_held_out_by_their_text(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The trainer's process: it must take every sentence, die with its parent, and explain itself in one line."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,7 +47,17 @@ def test_none_of_our_lines_is_skipped(tmp_path: Path, lines: list[str]) -> None:
     points = [*range(0x100), *range(0x2000, 0x2100), *range(0x2580, 0x25A0), *range(0xFFF0, 0x10000)]
     points += [point for point in range(0x100, 0x110000, 251) if not 0xD800 <= point < 0xE000]
     odd = ["".join(map(chr, points[at : at + 997])) for at in range(0, len(points), 997)]
-    odd += ["<eod><s><0x41>", "一" * 5461, "一" * 5461 + "a", "一" * 5462, "\r", "\ufeffa\r", "a" * 16384 + "b", " a "]
+    odd += [
+        "<eod><s><0x41>",
+        "一" * 5461,
+        "一" * 5461 + "a",
+        "一" * 5462,
+        "\r",
+        "\ufeffa\r",
+        "有\u2585的",
+        "a" * 16384 + "b",
+        " a ",
+    ]
     # The rare ones must stay rare, or they would all want pieces of their own.
     given_lines = [*lines * 30, *(line for text in odd for line in trainer_lines(text)[0])]
     sentences = write(tmp_path, given_lines)
@@ -79,9 +90,12 @@ def test_text_that_spells_symbols_is_learned_as_text(tmp_path: Path, lines: list
     assert ids[-2:] == [33, 34]
 
 
-def test_digits_stand_alone(tokenizer_model: Path) -> None:
-    tokenizer = SentencePieceTokenizer(tokenizer_model)
+def test_digits_stand_alone(tmp_path: Path, lines: list[str]) -> None:
+    given_lines = [*lines, *["20260718年 ２０２６"] * 500]
+    train_model(write(tmp_path, given_lines), len(given_lines), tmp_path / "m.model", OPTIONS)
+    tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     assert len(tokenizer.encode("20260718")) == 8
+    assert len(tokenizer.encode("２０２６")) == 4
 
 
 def test_other_failures_of_the_trainer_are_one_line() -> None:
@@ -122,8 +136,14 @@ def test_the_trainer_ends_with_the_tool(tmp_path: Path) -> None:
         assert parent.poll() is None
         children = psutil.Process(parent.pid).children()
         time.sleep(0.01)
-    assert children
+    (child,) = children
+    # Stopped, so that it can neither finish by itself nor fail to write to its parent.
+    child.suspend()
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    psutil.wait_procs(children, timeout=10)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    try:
+        _, left = psutil.wait_procs(children, timeout=20)
+        assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
