@@ -127,12 +127,6 @@ def _starts(text: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_], n
     return folded, in_word, starts
 
 
-def initials_of(text: str) -> U64:
-    """The table's entry of the first character of each unit: far cheaper than hashes of units."""
-    folded, _, starts = _starts(text)
-    return folded[starts].astype(np.uint64)
-
-
 def _word_hashes(positions: I64, folded: npt.NDArray[np.uint32]) -> U64:
     """The polynomial hash of each run of neighbouring positions."""
     first = np.empty(len(positions), dtype=bool)
@@ -186,17 +180,12 @@ def grams_of(units: Units, n: int) -> Grams:
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     positions = np.arange(total) + np.repeat(units.offsets[:-1] - (ends - counts), counts)
-    hashes = rolling(units.hashes, n)[positions] if total else np.zeros(0, dtype=np.uint64)
+    hashes = _rolling(units.hashes, n)[positions] if total else np.zeros(0, dtype=np.uint64)
     return Grams(mix(hashes), np.repeat(np.arange(len(counts)), counts), counts, positions)
 
 
-def powers(n: int) -> U64:
-    """What `rolling` multiplies n values with, the first one first."""
-    return np.array([pow(_IN_GRAM, n - 1 - place, 1 << 64) for place in range(n)], dtype=np.uint64)
-
-
-def rolling(values: U64, n: int) -> U64:
-    """At i: the polynomial over values[i:i+n], by joining runs of 1, 2, 4, ... values; there must be at least n."""
+def _rolling(values: U64, n: int) -> U64:
+    """At i: the polynomial over values[i:i+n], by joining runs of 1, 2, 4, ... values."""
     result: U64 | None = None
     covered, width, run = 0, 1, values
     while True:
