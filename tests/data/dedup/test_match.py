@@ -154,6 +154,20 @@ def test_memory_does_not_change_the_file(
     assert len(results) == 1
 
 
+def test_memory_does_not_change_the_order_of_pairs(tmp_path: Path) -> None:
+    # 40 buckets of 6 documents of two kinds, so that each takes two rounds.
+    count = 240
+    keys = [int(key) for key in np.random.default_rng(0).integers(1, 1 << 64, size=40, dtype=np.uint64)] * 6
+    shard = _signatures([(n, n) for n in range(count)], keys, [_sketch(n // 40 % 2) for n in range(count)], [9] * count)
+    files = _write(tmp_path, [shard])
+    results = set()
+    for memory in (1 << 30, 3000, 1000):
+        match_band(files, 1, NEAR, tmp_path / "band.pairs", memory)
+        results.add((tmp_path / "band.pairs").read_bytes())
+        assert len(_pairs(tmp_path / "band.pairs")) == 40 * 4
+    assert len(results) == 1
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     count = 400_000
     generator = np.random.default_rng(0)
