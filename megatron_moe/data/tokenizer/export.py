@@ -10,6 +10,9 @@ transformers' own conversion of a `tokenizer.model` guesses how spaces and bytes
   scores; `_order_ties` keeps "the left ones first" where two cuts of one piece can overlap.
 - Control symbols are special tokens, which no merge makes; the newline takes part in no merge; user symbols are added
   tokens that are found before anything else, the longest first, as in SentencePiece.
+
+One thing differs by default: transformers turns text that spells a special token into that token, which the chat
+template needs. Give it `split_special_tokens=True` for text of unknown origin, as `HuggingFaceTokenizer` does.
 """
 
 import json

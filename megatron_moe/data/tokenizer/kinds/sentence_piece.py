@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from megatron_moe.config.base import UserError
@@ -87,9 +88,12 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:
         """Ids of many texts; SentencePiece hands them over as buffers, which costs less than lists of numbers."""
-        if self._can_spell_mark and any(SPACE_MARK in text for text in texts):
-            return join_ids([self.encode(text) for text in texts])
-        return join_ids(self._processor.encode_as_numpy(list(texts), num_threads=1))
+        rows = self._processor.encode_as_numpy(list(texts), num_threads=1)
+        if self._can_spell_mark:
+            for place, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    rows[place] = np.array(self.encode(text), np.int32)
+        return join_ids(rows)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control symbols give nothing, bytes that are no UTF-8 give U+FFFD."""
