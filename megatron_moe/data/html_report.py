@@ -29,7 +29,9 @@ pre { background: var(--soft); padding: .5rem .8rem; white-space: pre-wrap; over
       border-left: 4px solid var(--line); }
 pre.old { border-left-color: var(--old); } pre.new { border-left-color: var(--new); }
 """.strip()
-_WIDTH, _ROW, _LABEL, _VALUE = 900, 22, 220, 130
+_WIDTH, _LABEL, _VALUE = 900, 220, 130
+# Height of a bar with the room around it: one a label, or two.
+_ROW, _PAIR_ROW = 20, 14
 _LONGEST_LABEL = 26
 
 # A browser drops control characters or draws boxes: their pictures (U+2400 and on) say what stands there.
@@ -98,20 +100,21 @@ class Page:
         if any(len(one) != len(labels) for one in series):
             raise ValueError(f"{len(labels)} labels for {[len(one) for one in series]} values")
         largest = max((value for one in series for value in one), default=0) or 1
-        height = _ROW * len(series)
+        bar = _ROW if second is None else _PAIR_ROW
+        height = bar * len(series)
         lines = []
         for row, label in enumerate(labels):
             top = row * (height + 6)
             lines.append(_text(_LABEL - 8, top + height / 2 + 4, _shorten(label), "end", title=label))
             for place, one in enumerate(series):
-                y = top + place * _ROW
+                y = top + place * bar
                 width = (_WIDTH - _LABEL - _VALUE) * one[row] / largest
                 kind = ("first", "second")[place]
                 lines.append(
-                    f'<rect class="{kind}" x="{_LABEL}" y="{y + 2}" width="{width:.1f}" height="{_ROW - 4}" rx="2"/>'
+                    f'<rect class="{kind}" x="{_LABEL}" y="{y + 1}" width="{width:.1f}" height="{bar - 2}" rx="2"/>'
                 )
                 shown = f"{_number(one[row])} {unit}".strip()
-                lines.append(_text(_LABEL + width + 6, y + _ROW / 2 + 4, shown, "start"))
+                lines.append(_text(_LABEL + width + 6, y + bar / 2 + 4, shown, "start"))
         full = max(1, len(labels)) * (height + 6)
         legend = f" ({names[0]} above, {names[1]} below)" if second is not None and any(names) else ""
         self._parts.append(
