@@ -65,6 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=float, default=20, help="text to work on, taken evenly from the corpus")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quality", action="store_true", help="plant copies and measure recall and precision")
+    parser.add_argument("--originals", type=int, default=3000, help="documents of which copies are planted")
     parser.add_argument("--scale", type=int, default=0, help="match so many random signatures")
     return parser.parse_args(argv)
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.corpus:
         texts = sample(args.corpus, args.megabytes)
         if args.quality:
-            quality(texts)
+            quality(texts, args.originals)
         else:
             print_rates(texts, args.repeats)
     if args.scale:
@@ -287,7 +288,7 @@ def _edited(text: str, kind: str, rate: float, chooser: random.Random, filler: s
     return "".join(pieces)
 
 
-def quality(texts: Texts, originals: int = 3000) -> None:
+def quality(texts: Texts, originals: int) -> None:
     """Recall and precision against all pairs compared by sets of n-grams."""
     near, chooser = NearDedup(), random.Random(0)
     chosen = chooser.sample([text for text in texts if 100 <= len(text) <= 3000], originals)
@@ -310,10 +311,10 @@ def quality(texts: Texts, originals: int = 3000) -> None:
             f"{near.threshold - 0.1:.2f}"
         )
         print("  true similarity    pairs    found   promised")
-        for low in np.arange(0.3, 1.0, 0.05):
-            inside = [
-                (pair, value) for pair, value in truth.items() if low <= value < low + 0.05 or value == 1.0 > low > 0.94
-            ]
+        for step in range(6, 20):
+            low = step / 20
+            # 1.0 itself belongs to the last line.
+            inside = [(pair, value) for pair, value in truth.items() if step == min(int(value * 20 + 1e-9), 19)]
             if inside:
                 found = np.mean([pair in pairs for pair, _ in inside])
                 promised = np.mean([_promise(setting, value) for _, value in inside])

@@ -1,10 +1,14 @@
 """The benchmarks run to their end and print both sides; what they measure is no test's business."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.data.chinese_text import documents, write_jsonl
+from tests.data.dedup.near_copies import random_documents
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +27,38 @@ def test_train_step_prints_both_sides_and_that_they_agree() -> None:
     assert ratio.split()[0] == "ratio"
     # The same mathematics on both sides, or the ratio means nothing.
     assert float(difference.split()[-1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_dedup_rates_prints_every_side_and_what_is_found(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    texts = random_documents(300, 500, seed=1)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    command = [sys.executable, "benchmarks/dedup_rates.py", "--corpus", str(corpus), "--megabytes", "1"]
+    rates = subprocess.run([*command, "--repeats", "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert rates.returncode == 0, rates.stderr
+    for side in ("ours: text to exact key, bands and sketch", "rensa RMinHash", "datatrove", "a set of strings"):
+        assert any(side in line and line.endswith("MB/s") for line in rates.stdout.splitlines()), side
+    more = ["--quality", "--originals", "200", "--scale", "3000"]
+    found = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    (top,) = (line.split() for line in found.stdout.splitlines()[:20] if line.startswith("  0.95 to 1.00"))
+    assert top[-2] == "100.0%"
+    assert "3,000 documents: " in found.stdout
+
+
+@pytest.mark.slow
+def test_tokenizer_prints_both_sides_and_that_their_ids_agree(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", documents(500))
+    command = [sys.executable, "benchmarks/tokenizer.py", "--corpus", str(corpus), "--megabytes", "0.1"]
+    command += ["--vocab-size", "700", "--repeats", "1", "--lines", "500"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, _, bare, ours, ratio, ids = done.stdout.splitlines()
+    assert head.startswith("0.1 MB of text, 700 pieces")
+    for name, line in (("bare", bare), ("ours", ours)):
+        assert line.startswith(name)
+        assert "CPU s" in line
+        assert "x the text" in line
+    assert ratio.startswith("ours / bare:")
+    assert ids == "ids of the export and of SentencePiece: 0 of 500 lines differ"

@@ -66,7 +66,7 @@ class EvaluationFile:
     """Texts without any unit, such as a lone punctuation mark: never compared."""
 
 
-class _HashSet:
+class HashSet:
     """64-bit hashes, ascending, with a filter in front that settles nearly all look-ups of others at once."""
 
     def __init__(self, hashes: U64) -> None:
@@ -109,7 +109,7 @@ class Decontaminator:
             self._read(Path(name), hashes, sources)
         joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
         hashes_found, first = np.unique(joined, return_index=True)
-        self._runs = _HashSet(hashes_found)
+        self._runs = HashSet(hashes_found)
         self._sources = np.concatenate(sources)[first] if sources else np.zeros((0, 2), np.int32)
         self._units_of_text = functools.lru_cache(maxsize=1024)(lambda text: unit_strings(self._texts[text]))
 

@@ -15,6 +15,7 @@ from megatron_moe.data.dedup import (
     EXACT,
     NEAR,
     NearDedup,
+    Signatures,
     Signer,
     decide,
     drop_path,
@@ -106,6 +107,19 @@ def test_the_first_document_of_a_cluster_is_kept(tmp_path: Path) -> None:
     assert report.compared_exactly_only == 2
     assert report.pairs["exact"] == 4
     assert report.as_dict()["kept"] == 4
+
+
+def test_a_cluster_that_grows_later_still_names_its_first_document(tmp_path: Path) -> None:
+    # The first band knows the last two of three documents, the second band the first two.
+    near = NearDedup(permutations=4, bands=2, rows=2)
+    bands = np.array([[1, 9], [2, 9], [2, 8]], dtype=np.uint64)
+    exact = np.arange(6, dtype=np.uint64).reshape(3, 2)
+    signatures = Signatures(exact, np.ones(3, np.uint32), bands, np.zeros((3, 4), np.uint8))
+    with signature_writer(tmp_path / "a.sig", near) as writer:
+        writer.add(signatures)
+    files = [tmp_path / "a.sig"]
+    decide(_matched(tmp_path, files, near), files, near, tmp_path)
+    assert _drops(tmp_path, files) == [(0, 1, 0, 0, NEAR), (0, 2, 0, 0, NEAR)]
 
 
 def test_exact_deduplication_alone(tmp_path: Path) -> None:

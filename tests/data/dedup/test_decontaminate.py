@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_moe.config.base import UserError
 from megatron_moe.data.dedup import Decontamination, Decontaminator
 from megatron_moe.data.dedup import decontaminate as decontaminate_module
+from megatron_moe.data.dedup.decontaminate import HashSet
 from megatron_moe.data.dedup.units import Grams, Units, grams_of, unit_strings
 from tests.data.dedup.near_copies import gram_set, random_documents
 
@@ -121,6 +122,15 @@ def test_found_as_by_comparing_lists(
 def _colliding(units: Units, n: int) -> Grams:
     grams = grams_of(units, n)
     return dataclasses.replace(grams, hashes=grams.hashes >> np.uint64(61) << np.uint64(61))
+
+
+@given(st.sets(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)))
+def test_hash_sets_find_what_is_in_them(known: set[int], others: list[int]) -> None:
+    ordered = sorted(known)
+    wanted = [*others, *ordered, 2**64 - 1, 0]
+    places, found = HashSet(np.array(ordered, dtype=np.uint64)).find(np.array(wanted, dtype=np.uint64))
+    expected = [(place, ordered.index(value)) for place, value in enumerate(wanted) if value in known]
+    assert list(zip(places.tolist(), found.tolist(), strict=True)) == expected
 
 
 def test_long_documents_in_many_pieces(tmp_path: Path) -> None:
