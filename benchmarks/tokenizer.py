@@ -1,6 +1,6 @@
 """Building a tokenizer: the whole of tools/build_tokenizer.py against SentencePiece alone on the same lines.
 
-    python tools/fetch_sample_corpus.py --output-dir data --full
+    python tools/fetch_sample_corpus.py --output-dir data --sources all
     python benchmarks/tokenizer.py --corpus data/train.jsonl --megabytes 35 --vocab-size 50000
 
 Both sides train with the same settings, in turns, each in processes of its own, so that its peak memory is its own.
