@@ -25,6 +25,7 @@ REQUIRED = "\u2581\t\u3000" + "".join(map(chr, range(0x21, 0x7F))) + "。，、�
 MIN_COVERAGE = 0.98
 _LOADED = re.compile(r"Loaded all (\d+) sentences")
 _STEP = re.compile(r"\bmerges=(\d+) ")
+_ALPHABET = re.compile(r"Alphabet size=(\d+)")
 _TROUBLE = ("too long sentences", "Reserved chars are found", "Found null character", "invalid utf8", "Skipped")
 _LOG_LINES_KEPT = 20
 
@@ -103,7 +104,7 @@ def train_model(
         count: lines in it.
         model: the file to write.
         options: of the model.
-        progress: a bar of merges done, moved by what the log says.
+        progress: a bar of learned pieces, moved by what the log says.
 
     Raises:
         UserError: the vocabulary does not fit the text, or the trainer did not take every sentence.
@@ -120,12 +121,12 @@ def train_model(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    log = _Log()
+    log = _Log(progress, options.vocab_size - options.symbols.count)
     try:
         assert process.stderr is not None
         assert process.stdout is not None
         for line in process.stderr:
-            log.take(line.decode("utf-8", "replace"), progress)
+            log.take(line.decode("utf-8", "replace"))
         answer = process.stdout.read()
     finally:
         process.kill()
@@ -143,21 +144,32 @@ def train_model(
 
 
 class _Log:
-    """What matters in the lines that SentencePiece writes while it trains."""
+    """What matters in the lines that SentencePiece writes while it trains.
 
-    def __init__(self) -> None:
+    Args:
+        progress: a bar to move.
+        learned: pieces to be learned, single characters among them.
+    """
+
+    def __init__(self, progress: "tqdm[Any] | None", learned: int) -> None:
+        self._progress = progress
+        self._learned = learned
         self.loaded: int | None = None
         self.trouble: list[str] = []
         self.last: list[str] = []
 
-    def take(self, line: str, progress: "tqdm[Any] | None") -> None:
+    def take(self, line: str) -> None:
         """Read one line."""
         message = line.rstrip().partition("] ")[2] or line.rstrip()
         step = _STEP.search(message)
         if step:
-            if progress is not None:
-                progress.update(int(step[1]) - progress.n)
+            if self._progress is not None:
+                self._progress.update(int(step[1]) - self._progress.n)
             return
+        alphabet = _ALPHABET.search(message)
+        if alphabet and self._progress is not None:
+            # Single characters need no merge.
+            self._progress.reset(max(0, self._learned - int(alphabet[1])))
         self.last = [*self.last, message][-_LOG_LINES_KEPT:]
         loaded = _LOADED.search(message)
         if loaded:

@@ -1,6 +1,7 @@
 """The trainer's process: it must take every sentence, die with its parent, and explain itself in one line."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.tokenizer import train
@@ -96,6 +98,16 @@ def test_digits_stand_alone(tmp_path: Path, lines: list[str]) -> None:
     tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     assert len(tokenizer.encode("20260718")) == 8
     assert len(tokenizer.encode("２０２６")) == 4
+
+
+def test_the_bar_counts_merges_to_the_end(tmp_path: Path, lines: list[str]) -> None:
+    with tqdm(total=1, file=io.StringIO()) as bar:
+        train_model(write(tmp_path, lines), len(lines), tmp_path / "m.model", OPTIONS, bar)
+        pieces = SentencePieceTokenizer(tmp_path / "m.model").pieces[289:]
+        merged = sum(len(piece) > 1 for piece in pieces)
+        assert bar.total == merged > 100
+        # The log speaks of every hundredth.
+        assert bar.n == merged // 100 * 100
 
 
 def test_other_failures_of_the_trainer_are_one_line() -> None:
