@@ -22,6 +22,7 @@ from megatron_moe.config.base import UserError, disk_error
 from megatron_moe.data.command_line import byte_progress
 from megatron_moe.data.wudao.job import STAGES, Job, StageName, load_job
 from megatron_moe.data.wudao.stages import run_task, task_bytes
+from megatron_moe.data.wudao.tasks import PAGE, QUARANTINE, REPORT, TIMINGS
 
 _POLL_SECONDS = 0.2
 # State of a task in the shared table, beside its bytes.
@@ -91,10 +92,10 @@ def locked(job: Job) -> Iterator[None]:
 
 def remove_leftovers(job: Job) -> None:
     """What killed processes left half written: nothing else writes here while the lock is held."""
-    finals = {job.final_shard(task).name for task in job.tasks}
+    names = {REPORT, PAGE, TIMINGS, QUARANTINE, *(job.final_shard(task).name for task in job.tasks)}
     for path in [*job.output.glob("*.tmp"), *job.work.glob("*/*.tmp"), *job.work.glob("*.tmp")]:
-        own = path.parent != job.output or path.name.rsplit(".", 2)[0] in finals
-        if own or path.name.startswith(("report.", "timings.", "quarantine.")):
+        # NAME.PID.tmp
+        if path.parent != job.output or path.name.rsplit(".", 2)[0] in names:
             path.unlink(missing_ok=True)
 
 

@@ -165,13 +165,24 @@ class Job:
 
 
 def load_job(output: Path) -> Job:
-    """The job of an output folder, as a worker needs it."""
-    values = json.loads((output / _WORK / "job.json").read_bytes())
+    """The job of an output folder, as a worker needs it.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another version.
+    """
+    path = output / _WORK / "job.json"
+    try:
+        return _parse_job(output, json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: is damaged or of another version; give another folder for --output") from error
+
+
+def _parse_job(output: Path, values: dict[str, Any]) -> Job:
     settings = values["settings"]
     settings["reading"] = ReadOptions(**settings["reading"])
     settings["changes"] = tuple(settings["changes"])
     return Job(
-        output=Path(values["output"]),
+        output=output.resolve(),
         settings=Settings(**settings),
         inputs=tuple(InputFile(**{**file, "path": Path(file["path"])}) for file in values["inputs"]),
         tasks=tuple(
@@ -207,9 +218,8 @@ def create_job(paths: Sequence[Path], output: Path, settings: Settings, overwrit
     }
     job = Job(output.resolve(), settings, tuple(inputs), tuple(plan_tasks(inputs, settings.range_bytes)), parts)
     _check_names(job)
-    if overwrite:
-        remove_job(job.output)
-    finished = _compare_with_folder(job)
+    removed = overwrite and remove_job(job.output)
+    finished = not removed and _compare_with_folder(job)
     if not finished:
         job.save()
     return job, finished
@@ -269,21 +279,21 @@ def _read_parts(path: Path) -> dict[str, str] | None:
     return parts if isinstance(parts, dict) else {}
 
 
-def remove_job(output: Path) -> None:
-    """Delete what a job has written into a folder, and nothing else."""
-    names = {REPORT, PAGE, QUARANTINE, TIMINGS}
+def remove_job(output: Path) -> bool:
+    """Delete what a job has written into a folder, and nothing else; returns whether there was one."""
+    if not (output / _WORK / "job.json").exists():
+        return False
+    job = load_job(output)
+    names = {REPORT, PAGE, QUARANTINE, TIMINGS, *(job.final_shard(task).name for task in job.tasks)}
     try:
-        if (output / _WORK / "job.json").exists():
-            job = load_job(output)
-            names |= {job.final_shard(task).name for task in job.tasks}
-        for path in sorted(output.iterdir()) if output.is_dir() else []:
+        for path in sorted(output.iterdir()):
             # Also what a killed process left half written: NAME.PID.tmp.
-            if path.name in names or any(path.name.startswith(f"{name}.") for name in names if path.suffix == ".tmp"):
+            if path.name in names or (path.suffix == ".tmp" and path.name.rsplit(".", 2)[0] in names):
                 path.unlink()
-        if (output / _WORK).exists():
-            shutil.rmtree(output / _WORK)
+        shutil.rmtree(job.work)
     except OSError as error:
-        raise disk_error(f"--output {output}", error) from error
+        raise disk_error(job.where, error) from error
+    return True
 
 
 def _digest(values: Any) -> str:
