@@ -109,7 +109,9 @@ def _parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
     add("--dedup", choices=sorted(_DEDUP), help="what duplicates to drop; near includes exact (default: the recipe's)")
     add("--decontaminate", nargs="+", metavar="FILE", help="evaluation sets whose text no document may hold")
     add(
-        "--word-list", metavar="FILE", help="documents with these words are dropped: sensitive_words.file of the recipe"
+        "--word-list",
+        metavar="FILE",
+        help="documents full of these words are dropped: sensitive_words.file of the recipe",
     )
     add("--advertising", metavar="FILE", help="sentences with these words are cut out: advertising.file of the recipe")
     add("--text-key", default="content", metavar="KEY", help="field with the text (default %(default)s)")
