@@ -238,7 +238,7 @@ def _installed(name: str) -> Any:
 
 
 def _evaluation_set(texts: Texts) -> list[str]:
-    """2,000 passages of 60 characters, from documents that are not looked at: most of the text is clean."""
+    """2,000 passages of 60 characters written backwards: alike in their characters, found in no document."""
     chooser = random.Random(0)
     long = [text for text in texts if len(text) > 100]
     picked = [chooser.choice(long) for _ in range(2000)]
