@@ -47,7 +47,8 @@ def clean_task(job: Job, number: int, progress: Progress) -> dict[str, Any]:
         write = stack.enter_context(shard_writer(job.cleaned_shard(task), job.where, quick=job.dedup != "none"))
         sign = _signer(job, task, stack)
         cleaner = BatchCleaner(job, stats)
-        for batch in PieceReader(task_piece(job, task), job.settings.reading, report):
+        columns = (TYPE_FIELD, *job.recipe.keep_fields)
+        for batch in PieceReader(task_piece(job, task), job.settings.reading, report, columns):
             documents = cleaner.clean(batch.documents)
             if documents:
                 sign([document.text for document in documents])
@@ -77,38 +78,40 @@ class BatchCleaner:
     def clean(self, documents: list[Document]) -> list[Document]:
         """The documents that remain, changed by the rules."""
         stats, apply = self._stats, self._recipe.apply
-        kept = []
+        _count(self.read, documents)
+        kept: list[Document] = []
+        numbers: list[int] = []
         first = stats.number
         for number, document in enumerate(documents, first):
             stats.number = number
-            self.read.add(document.text, document.meta.get(TYPE_FIELD))
             if apply(document, stats):
-                kept.append((number, document))
+                kept.append(document)
+                numbers.append(number)
         if self._decontaminator and kept:
-            kept = self._decontaminated(kept, self._decontaminator)
-        for _, document in kept:
-            self.kept.add(document.text, document.meta.get(TYPE_FIELD))
+            kept = self._decontaminated(kept, numbers, self._decontaminator)
+        _count(self.kept, kept)
         stats.number = first + len(documents)
-        return [document for _, document in kept]
+        return kept
 
     def _decontaminated(
-        self, documents: list[tuple[int, Document]], decontaminator: Decontaminator
-    ) -> list[tuple[int, Document]]:
-        found = decontaminator.find([document.text for _, document in documents])
-        kept = []
-        for contamination, (number, document) in zip(found, documents, strict=True):
-            if contamination is None:
-                kept.append((number, document))
-            else:
+        self, documents: list[Document], numbers: list[int], decontaminator: Decontaminator
+    ) -> list[Document]:
+        found = decontaminator.find([document.text for document in documents])
+        for contamination, number, document in zip(found, numbers, documents, strict=True):
+            if contamination is not None:
                 self._stats.number = number
                 self._stats.dropped(DECONTAMINATION, contamination.file, document.text)
-        return kept
+        return [document for document, contamination in zip(documents, found, strict=True) if contamination is None]
 
     def lines(self, documents: list[Document]) -> Iterator[bytes]:
         """The documents as lines of the shard."""
         record = self._recipe.record.of
         for document in documents:
             yield orjson.dumps(record(document), default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _count(tally: Tally, documents: list[Document]) -> None:
+    tally.add([document.text for document in documents], [document.meta.get(TYPE_FIELD) for document in documents])
 
 
 def _decontaminator(job: Job) -> Decontaminator | None:

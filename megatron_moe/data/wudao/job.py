@@ -220,7 +220,11 @@ def create_job(paths: Sequence[Path], output: Path, settings: Settings, overwrit
     _check_names(job)
     removed = overwrite and remove_job(job.output)
     finished = not removed and _compare_with_folder(job)
-    if not finished:
+    if finished:
+        _check_shards(job)
+    else:
+        # What the rules need shows now that it is missing, not in the first worker.
+        recipe.prepare()
         job.save()
     return job, finished
 
@@ -267,6 +271,13 @@ def _compare_with_folder(job: Job) -> bool:
             "--overwrite to delete that work and start anew"
         )
     return report is not None
+
+
+def _check_shards(job: Job) -> None:
+    for entry in json.loads((job.output / REPORT).read_bytes())["outputs"]:
+        path = job.output / entry["file"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{path}: is missing or was changed since the job was finished; --overwrite starts anew")
 
 
 def _read_parts(path: Path) -> dict[str, str] | None:

@@ -4,7 +4,7 @@ A piece is a whole file, a range of bytes that begins and ends between records (
 bytes of JSON Lines (a line belongs to the range that it starts in), or some row groups of a Parquet file.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +79,16 @@ class PieceReader:
         piece: what to read.
         options: how.
         report: told of everything that could not be read, or only after mending.
+        columns: of Parquet, beside text and title; records of JSON are read whole.
     """
 
-    def __init__(self, piece: Piece, options: ReadOptions, report: Report) -> None:
+    def __init__(
+        self, piece: Piece, options: ReadOptions, report: Report, columns: Sequence[str] = WUDAO_FIELDS
+    ) -> None:
         self._piece = piece
         self._options = options
         self._report = report
+        self._columns = (options.title_key, *columns)
         self._disk_bytes = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -106,7 +110,9 @@ class PieceReader:
         if piece.source.form == "empty":
             self._report(Fault(0, 0, "empty file", "there is nothing in it", b""))
         elif piece.source.form == "parquet":
-            yield from row_records(piece.source.path, piece.start, piece.end, [options.text_key], self._report)
+            yield from row_records(
+                piece.source.path, piece.start, piece.end, options.text_key, self._columns, self._report
+            )
         else:
             yield from self._scanned()
 

@@ -28,13 +28,16 @@ def row_group_sizes(path: Path) -> list[int]:
         return []
 
 
-def row_records(path: Path, start: int, end: int | None, needed: Sequence[str], report: Report) -> Iterator[Record]:
+def row_records(
+    path: Path, start: int, end: int | None, needed: str, wanted: Sequence[str], report: Report
+) -> Iterator[Record]:
     """The rows of some row groups, each as (number in the file, 1, values by column).
 
     Args:
         path: a Parquet file.
         start, end: the first row group, and the one behind the last; None for the file's end.
-        needed: the columns to decode first, which must exist: without them no row is a document.
+        needed: the column that must exist: without it no row is a document.
+        wanted: other columns to decode where they exist; columns nobody uses may hold far more than the text.
         report: told of row groups that cannot be read, and of texts that are not UTF-8.
     """
     require_package("pyarrow", path)
@@ -49,17 +52,17 @@ def row_records(path: Path, start: int, end: int | None, needed: Sequence[str], 
         report(Fault(0, 0, "damaged file", f"not Parquet, or damaged: {_line(error)}", b""))
         return
     with file:
-        missing = [name for name in needed if name not in file.schema_arrow.names]
+        names = file.schema_arrow.names
         rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        if missing:
-            columns = ", ".join(file.schema_arrow.names)
-            detail = f"no column {missing[0]!r} (--text-key); columns: {columns}"
+        if needed not in names:
+            detail = f"no column {needed!r} (--text-key); columns: {', '.join(names)}"
             report(Fault(sum(rows[:start]), sum(rows[start:end]), "no text", detail, b""))
             return
+        columns = [needed, *(name for name in dict.fromkeys(wanted) if name in names and name != needed)]
         for group in range(start, len(rows) if end is None else end):
             number, behind = sum(rows[:group]), sum(rows[: group + 1])
             try:
-                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group]):
+                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
                     for values in _values(batch, number, report):
                         yield number, 1, values
                         number += 1

@@ -157,14 +157,17 @@ class Tally:
         stored = [b"", b"", b""] if columns is None else [column.tobytes() for column in columns]
         self._characters, self._bytes, self._types = (array("I", column) for column in stored)
 
-    def add(self, text: str, data_type: Any) -> None:
-        """Count a document."""
-        self._characters.append(len(text))
-        self._bytes.append(len(text.encode("utf-8", "surrogatepass")))
-        place = self._places.get(data_type) if type(data_type) is str else self._places.get("")
-        self._types.append(self._new_type(data_type) if place is None else place)
+    def add(self, texts: Sequence[str], data_types: Sequence[Any]) -> None:
+        """Count documents."""
+        self._characters.extend(map(len, texts))
+        self._bytes.extend([len(text.encode()) for text in texts])
+        known = self._places.get
+        places = [known(name) if type(name) is str else known("") for name in data_types]
+        if None in places:
+            places = [self._place(name) for name in data_types]
+        self._types.extend(places)
 
-    def _new_type(self, data_type: Any) -> int:
+    def _place(self, data_type: Any) -> int:
         name = data_type[:_LONGEST_TYPE] if type(data_type) is str else ""
         if name not in self._places and len(self.types) >= MOST_TYPES:
             name = OTHER_TYPES
