@@ -14,14 +14,12 @@ from megatron_moe.data.dedup.config import Decontamination, NearDedup
 from megatron_moe.data.wudao.document import Document
 from megatron_moe.data.wudao.recipe_file import RecipeFile, read_recipe
 from megatron_moe.data.wudao.record import Record
-from megatron_moe.data.wudao.rules.base import ANYTHING, Cleaner, Filter, Rule
-from megatron_moe.data.wudao.rules.characters import View, kinds_table
+from megatron_moe.data.wudao.rules.base import Cleaner, Filter, Rule
+from megatron_moe.data.wudao.rules.characters import ALWAYS, View, kinds_table
 from megatron_moe.data.wudao.rules.title import Title
 
 # Text that is still changing after so many rounds was made to.
 _MOST_ROUNDS = 8
-# The cleaners with the kinds of characters they need.
-_Steps = tuple[tuple[int, Cleaner], ...]
 UNSETTLED = "settle"
 """Reports call it a rule: the documents that go on changing."""
 
@@ -34,6 +32,22 @@ class Watch(Protocol):
 
     def dropped(self, rule: str, reason: str, text: str) -> None:
         """A rule dropped the document."""
+
+
+class _Cleaners:
+    """Rules that change the text, in order, and which of them a text needs."""
+
+    def __init__(self, rules: tuple[Cleaner, ...]) -> None:
+        self.rules = rules
+        self._plans: dict[int, list[tuple[int, Cleaner]]] = {}
+
+    def plan(self, bits: int) -> list[tuple[int, Cleaner]]:
+        """The rules, with their numbers, that have anything to do in a text with these kinds of characters."""
+        plan = self._plans.get(bits)
+        if plan is None:
+            plan = [(number, rule) for number, rule in enumerate(self.rules) if rule.needs & bits]
+            self._plans[bits] = plan
+        return plan
 
 
 @dataclass(frozen=True)
@@ -81,12 +95,12 @@ class Recipe:
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
-    def _steps(self) -> _Steps:
-        return tuple((rule.needs, rule) for rule in self.rules if isinstance(rule, Cleaner))
+    def _cleaners(self) -> _Cleaners:
+        return _Cleaners(tuple(rule for rule in self.rules if isinstance(rule, Cleaner)))
 
     @functools.cached_property
-    def _title_steps(self) -> _Steps:
-        return tuple(step for step in self._steps if step[1].titles)
+    def _title_cleaners(self) -> _Cleaners:
+        return _Cleaners(tuple(rule for rule in self._cleaners.rules if rule.titles))
 
     @functools.cached_property
     def _filters(self) -> tuple[Filter, ...]:
@@ -95,7 +109,7 @@ class Recipe:
     @functools.cached_property
     def _uses_views(self) -> bool:
         """Whether it is worth knowing the kinds of characters before the rules are called."""
-        return bool(self._filters) or any(needs != ANYTHING for needs, _ in self._steps)
+        return bool(self._filters) or any(rule.needs != ALWAYS for rule in self._cleaners.rules)
 
     @functools.cached_property
     def _title(self) -> Title | None:
@@ -123,10 +137,10 @@ class Recipe:
             False if the document is dropped.
         """
         if not self._uses_views:
-            view = View(document.text, ANYTHING)
+            view = View(document.text, ALWAYS)
         elif view is None:
             view = View(document.text)
-        cleaned = self._cleaned(view, self._steps, watch)
+        cleaned = self._cleaned(view, self._cleaners, watch)
         if cleaned is None:
             watch.dropped(UNSETTLED, f"still changes after {_MOST_ROUNDS} rounds", document.text)
             return False
@@ -144,32 +158,39 @@ class Recipe:
             document.title = ""
         return True
 
-    def _cleaned(self, view: View, steps: _Steps, watch: Watch | None) -> View | None:
+    def _cleaned(self, view: View, cleaners: _Cleaners, watch: Watch | None) -> View | None:
         """The text after these cleaners; None if it does not settle."""
         told: set[str] = set()
-        # How many rules in a row found nothing to do: once all of them did, the text is settled.
-        quiet = 0
+        # Rules from here on have seen the text as it is, and left it.
+        settled_from = 0
         for _ in range(_MOST_ROUNDS):
-            for needs, rule in steps:
-                quiet += 1
-                if view.bits & needs:
-                    text = rule.clean_view(view)
-                    if text != view.text:
-                        if watch is not None and rule.name not in told:
-                            told.add(rule.name)
-                            watch.changed(rule.name, view.text, text)
-                        view = rule.next_view(text, view)
-                        if not rule.settled:
-                            quiet = 0
-                if quiet == len(steps):
+            changed_at = -1
+            plan, planned, place = cleaners.plan(view.bits), view.bits, 0
+            while place < len(plan):
+                number, rule = plan[place]
+                if number >= settled_from > 0 and changed_at < 0:
                     return view
-            if not self.settle or not steps:
+                place += 1
+                text = rule.clean_view(view)
+                if text == view.text:
+                    continue
+                if watch is not None and rule.name not in told:
+                    told.add(rule.name)
+                    watch.changed(rule.name, view.text, text)
+                view = rule.next_view(text, view)
+                if not rule.settled:
+                    changed_at = number
+                if view.bits & ~planned:
+                    plan, planned = cleaners.plan(view.bits), view.bits
+                    place = sum(other <= number for other, _ in plan)
+            if changed_at < 0 or not self.settle:
                 return view
+            settled_from = changed_at + 1
         return None
 
     def clean_title(self, title: str) -> str:
         """A title after the rules for characters, on one line."""
-        cleaned = self._cleaned(View(title), self._title_steps, None)
+        cleaned = self._cleaned(View(title), self._title_cleaners, None)
         return "" if cleaned is None else " ".join(cleaned.text.split())
 
 

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron_moe.config.base import ConfigError
-from megatron_moe.data.wudao.rules.characters import View
-
-ANYTHING = (1 << 17) - 1
-"""Needed by rules that must see every text."""
+from megatron_moe.data.wudao.rules.characters import ALWAYS, View
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Rule(ABC):
     version: ClassVar[int] = 1
     source: ClassVar[str]
     destroys: ClassVar[str] = ""
-    needs: ClassVar[int] = ANYTHING
+    needs: ClassVar[int] = ALWAYS
 
     def prepare(self) -> None:  # noqa: B027 (most rules need nothing)
         """Load what the rule works with, so that a mistake shows before the work begins."""

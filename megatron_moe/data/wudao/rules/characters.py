@@ -7,13 +7,13 @@ it needs (`Rule.needs`) and is not even called without them, so clean text costs
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-HAN = 1 << 0
-"""Han characters, rare ones too, 〇 and 々."""
+HAN = 1
+"""The lowest bit, so that a sum counts. Han characters, rare ones too, 〇 and 々."""
 SPACE = 1 << 1
 """White space other than the line feed."""
 NEWLINE = 1 << 2
@@ -40,6 +40,8 @@ KANA = 1 << 13
 """Japanese syllables and Korean letters."""
 NUMBER = 1 << 16
 """Five digits in a row, or groups with a separator, as of a telephone or a card; seen in the text, not the table."""
+ALWAYS = 1 << 17
+"""A bit of every text, for rules that must see all."""
 
 HAN_CLASS = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 """The Han characters as the inside of a regular expression's brackets: URO, Extensions A to H, compatibility forms."""
@@ -50,7 +52,8 @@ MARKS = "！？!?。，、；：…—～~"
 _HAN_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 _KANA_RANGES = ((0x3041, 0x3096), (0x30A1, 0x30FA), (0x31F0, 0x31FF), (0xFF66, 0xFF9D), (0xAC00, 0xD7A3))
 _LONG_NUMBER = re.compile("[0-9０-９]{3}(?:[0-9０-９]{2}|[0-9０-９]?[-－—()（） ]{1,3}[0-9０-９]{3})")
-_BATCH = 1 << 15
+# Texts below this length are looked up together, so many at once: larger arrays no longer fit the processor's cache.
+_SHORT, _BATCH = 512, 128
 _ASSIGNED_LETTERS = 0x20000
 # Soft hyphen, Arabic letter mark, zero-width space, direction marks, word joiner and invisible operators, byte order
 # mark. Not the zero-width (non-)joiner, which emoji and Indic scripts are written with.
@@ -61,9 +64,23 @@ PRIVATE = "\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd"
 BROKEN = "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0001-\U000e007f"
 ODD_SPACES = "\xa0\u1680\u2000-\u200a\u202f\u205f"
 CONTROLS = "\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f"
-# What the first byte of a Chinese character's UTF-8 becomes in Windows-1252, and in GBK.
+# What the first byte of a Chinese character's UTF-8 becomes in Windows-1252.
 _MISREAD_LATIN = ((0xC2, 0xF4),)
-MISREAD_GBK = "锛銆鐨涓鏄浠鍦"
+
+
+@functools.cache
+def misread_gbk() -> str:
+    """What the first two bytes of a Chinese character become in GBK (鐨 of 的, 銆 of 。), without common characters.
+
+    GB 2312 has the common characters of Chinese below 0xD8 (its level 1, by pronunciation).
+    """
+    found = []
+    for lead in (0xE3, 0xE4, 0xE5, 0xE6, 0xE7, 0xE8, 0xE9, 0xEF):
+        for trail in range(0x80, 0xC0):
+            character = bytes((lead, trail)).decode("gbk", "ignore")
+            if character and (not _encodes(character, "gb2312") or character.encode("gb2312")[0] >= 0xD8):
+                found.append(character)
+    return "".join(found)
 
 
 def codes_of(text: str) -> npt.NDArray[np.uint32]:
@@ -103,7 +120,7 @@ def kinds_table() -> npt.NDArray[np.uint16]:
             table[first : last + 1] |= STRAY
     for first, last in _MISREAD_LATIN:
         table[first : last + 1] |= SUSPECT
-    for character in MISREAD_GBK + "\ufffd锟烫屯":
+    for character in misread_gbk() + "\ufffd锟烫屯":
         table[ord(character)] |= SUSPECT
     for code in forms():
         table[code] |= FORM
@@ -175,16 +192,23 @@ class View:
         bits: the kinds of all its characters together; of a text that lost some it may have more.
     """
 
-    __slots__ = ("_kinds", "bits", "text")
+    __slots__ = ("_han", "_kinds", "bits", "text")
 
-    def __init__(self, text: str, bits: int | None = None, kinds: npt.NDArray[np.uint16] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        bits: int | None = None,
+        kinds: npt.NDArray[np.uint16] | None = None,
+        han: int | None = None,
+    ) -> None:
         self.text = text
         self._kinds = kinds
+        self._han = han
         if bits is None:
             bits = int(np.bitwise_or.reduce(self.kinds))
             if bits & DIGIT:
                 bits |= _number(text)
-        self.bits = bits
+        self.bits = bits | ALWAYS
 
     @property
     def kinds(self) -> npt.NDArray[np.uint16]:
@@ -192,6 +216,13 @@ class View:
         if self._kinds is None:
             self._kinds = kinds_table().take(codes_of(self.text))
         return self._kinds
+
+    @property
+    def han(self) -> int:
+        """How many characters are Han."""
+        if self._han is None:
+            self._han = self.count(HAN)
+        return self._han
 
     def count(self, kind: int) -> int:
         """How many characters have any of these bits."""
@@ -207,30 +238,28 @@ class View:
 
 def views_of(texts: Sequence[str]) -> list[View]:
     """The views of many texts, several times faster than one by one where they are short."""
-    views: list[View] = []
-    begin = characters = 0
-    for end, text in enumerate(texts, 1):
-        characters += len(text)
-        # What fits into the processor's cache: fresh pages for larger arrays cost more than the look-up.
-        if characters >= _BATCH or end == len(texts):
-            views += _views(texts[begin:end])
-            begin, characters = end, 0
-    return views
+    short = _short_views([text for text in texts if len(text) < _SHORT])
+    return [next(short) if len(text) < _SHORT else View(text) for text in texts]
 
 
-def _views(texts: Sequence[str]) -> list[View]:
+def _short_views(texts: Sequence[str]) -> Iterator[View]:
+    for begin in range(0, len(texts), _BATCH):
+        yield from _views(texts[begin : begin + _BATCH])
+
+
+def _views(texts: Sequence[str]) -> Iterator[View]:
     kinds = kinds_table().take(codes_of("".join(texts)))
     ends = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
-    # reduceat takes the next text's first character for an empty text, which is mended below.
+    # Where a text is empty, reduceat takes the next one's first character: the range is mended below.
     starts = np.minimum(ends - np.diff(ends, prepend=0), max(0, len(kinds) - 1))
-    bits = np.bitwise_or.reduceat(kinds, starts).tolist() if len(kinds) else [0] * len(texts)
-    views = []
+    empty = not len(kinds)
+    bits = [0] * len(texts) if empty else np.bitwise_or.reduceat(kinds, starts).tolist()
+    han = [0] * len(texts) if empty else np.add.reduceat(kinds & HAN, starts, dtype=np.int64).tolist()
     begin = 0
-    for text, end, found in zip(texts, ends.tolist(), bits, strict=True):
+    for text, end, found, count in zip(texts, ends.tolist(), bits, han, strict=True):
         if begin == end:
-            found = 0
+            found = count = 0
         elif found & DIGIT:
             found |= _number(text)
-        views.append(View(text, found, kinds[begin:end]))
+        yield View(text, found, kinds[begin:end], count)
         begin = end
-    return views

@@ -65,7 +65,7 @@ class Language(Filter):
 
     @staticmethod
     def _surely_chinese(view: View) -> bool:
-        han = view.count(characters.HAN)
+        han = view.han
         # Letters are at most all characters, and often there is nothing but Han and punctuation.
         if han < _SURELY_HAN * len(view.text):
             letters = han + view.count(characters.LATIN | characters.LETTER)

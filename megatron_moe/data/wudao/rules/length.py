@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_moe.data.wudao.rules import characters
 from megatron_moe.data.wudao.rules.base import Filter
 from megatron_moe.data.wudao.rules.characters import View
 
@@ -51,7 +50,7 @@ class HanRatio(Filter):
 
     def reason(self, view: View) -> str | None:
         """Compare the share."""
-        han = view.count(characters.HAN)
+        han = view.han
         if han >= self.least * len(view.text) and han:
             return None
         visible = view.visible

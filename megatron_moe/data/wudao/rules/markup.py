@@ -1,5 +1,6 @@
 """What extraction from HTML left behind: tags, comments, scripts, character references."""
 
+import functools
 import html
 import re
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ _INLINE = (
     "font frame i iframe img input ins kbd label link map marquee meta noframes noscript object param q s samp script "
     "small source span strike strong style sub sup svg textarea tt u var video wbr o:p"
 )
-# Attributes with quoted values may hold < and >; nothing is tried twice.
-_ATTRIBUTES = r"""(?:\s(?:[^<>"']|"[^"<>\n]*+"|'[^'<>\n]*+')*+)?+"""
+# Quoted values may hold < and >; nothing is tried twice.
+_ATTRIBUTES = r"""(?:\s(?:[^<>"']|"[^"\n]{0,300}+"|'[^'\n]{0,300}+')*+)?+"""
 # A tag that is spoken of, as tutorials do, is text.
-_SPOKEN_OF = "(?![ ”’」』`]*+(?:标签|标记|元素|和|与|或|、|，|是|属性))"
+_SPOKEN_OF = "(?!(?:[、，和与或及 ]*+</?[A-Za-z0-9]++/?>){0,8}+[ ”’」』`]*+(?:标签|标记|元素|属性))"
 
 
 def _tag(names: str) -> re.Pattern[str]:
@@ -31,8 +32,12 @@ def _tag(names: str) -> re.Pattern[str]:
 
 _BLOCK_TAG = _tag(_BLOCK)
 _INLINE_TAG = _tag(_INLINE)
-_ELEMENT = re.compile(r"<(script|style)\b[^<>]*+>(?:[^<]++|<(?!/\1))*+</\1\s*+>", re.IGNORECASE)
-_COMMENT = re.compile(r"<!--(?:[^-]++|-(?!->))*+-->|<!DOCTYPE\b[^<>]*+>|<!\[CDATA\[|\]\]>", re.IGNORECASE)
+_OPENINGS = (
+    (re.compile(r"<script\b[^<>]*+>", re.IGNORECASE), re.compile(r"</script\s*+>", re.IGNORECASE), "\n"),
+    (re.compile(r"<style\b[^<>]*+>", re.IGNORECASE), re.compile(r"</style\s*+>", re.IGNORECASE), "\n"),
+    (re.compile("<!--"), re.compile("-->"), ""),
+)
+_DECLARATION = re.compile(r"<!DOCTYPE\b[^<>]*+>|<!\[CDATA\[|\]\]>", re.IGNORECASE)
 # With the semicolon only: R&D, AT&T and ?a=1&lt=2 are text.
 _REFERENCE = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 
@@ -56,12 +61,32 @@ class Html(Cleaner):
         while True:
             before = text
             if "<" in text:
-                text = _COMMENT.sub("", _ELEMENT.sub("\n", text))
-                text = _INLINE_TAG.sub("", _BLOCK_TAG.sub("\n", text))
+                for opening, closing, instead in _OPENINGS:
+                    text = _without(opening, closing, instead, text)
+                text = _DECLARATION.sub("", text)
+                text = _BLOCK_TAG.sub("\n", text)
+                closed = {name for name in "abiqsu" if f"</{name}>" in text or f"</{name.upper()}>" in text}
+                text = _INLINE_TAG.sub(functools.partial(_removed, closed), text)
             if "&" in text:
                 text = _REFERENCE.sub(_decoded, text)
             if text == before:
                 return text
+
+
+def _without(opening: re.Pattern[str], closing: re.Pattern[str], instead: str, text: str) -> str:
+    """The text without what stands between these, in time proportional to its length; what is never closed stays."""
+    pieces: list[str] = []
+    begin = 0
+    while (first := opening.search(text, begin)) and (last := closing.search(text, first.end())):
+        pieces += (text[begin : first.start()], instead)
+        begin = last.end()
+    return "".join([*pieces, text[begin:]])
+
+
+def _removed(closed: set[str], match: re.Match[str]) -> str:
+    """Nothing in a tag's place; a<b>c and <T> of one letter are tags only if they are closed somewhere."""
+    tag = match.group()
+    return tag if len(tag) == 3 and tag[1].lower() not in closed else ""
 
 
 def _decoded(match: re.Match[str]) -> str:
@@ -83,7 +108,7 @@ _BEGINNINGS = (
     r"with\s*\(document\)",
     r"\}\s*\)\s*\(",
     r"@import\s+url",
-    r"[.#]?[\w-]++(?:[ ,>.#]++[\w-]++)*+\s*+\{[^{}\n]*+:[^{}\n]*+\}\s*+$",
+    r"[.#]?[\w-]++(?:[ ,>.#]++[\w-]++)*+[ \t]*+\{[^{}:\n]*+:[^{}\n]*+\}[ \t]*+$",
 )
 _STATEMENT = re.compile(rf"^[ \t\u3000]*+(?:{'|'.join(_BEGINNINGS)})[^\n]*$\n?", re.MULTILINE)
 

@@ -11,7 +11,7 @@ from megatron_moe.data.wudao.rules.base import Cleaner
 
 _HAN = f"[{characters.HAN_CLASS}]"
 _OTHER = f"[^{characters.HAN_CLASS}]"
-_SENTENCE = re.compile("[。！？!?…．.；;：:，,、”’」』）)》〉】\"'］\\]][ \t]*$")
+_ENDS = frozenset("。！？!?…．.；;：:，,、”’」』）)》〉】\"'］]")
 _ORDINAL = "〇零一二三四五六七八九十百千"
 _HEADING = re.compile(
     f"第[{_ORDINAL}0-9０-９]+[章节節条條款卷编編部篇回幕场讲課课集则]|[{_ORDINAL}]+(?:[、，.．]|$)"
@@ -44,7 +44,7 @@ class ShortParagraphs(Cleaner):
     first: bool = True
     """Keep the first paragraph, which may be the title."""
     foreign: int = 20
-    """Keep those without Han that have at least so many visible characters, or are indented as code; 0 drops all."""
+    """Keep those without Han that have at least so many visible characters, and code (indented lines); 0 drops all."""
 
     name: ClassVar[str] = "short_paragraphs"
     source: ClassVar[str] = "WuDaoCorpora (fewer than 10 Chinese characters); what stays is ours"
@@ -59,7 +59,16 @@ class ShortParagraphs(Cleaner):
         """Drop them; blank lines stay where a paragraph stays after them."""
         enough = _at_least(self.least_han)
         lines = text.split("\n")
-        kept = [line for line in lines if not line or enough(line) or self._excused(line)]
+        # The end of a line is looked at first, which costs least.
+        sentences = self.sentences
+        kept = [
+            line
+            for line in lines
+            if not line
+            or (sentences and line[-1] in _ENDS and _HAN_SEARCH(line))
+            or enough(line)
+            or self._excused(line)
+        ]
         if len(kept) == len(lines):
             return text
         if self.first and lines[0] and (not kept or kept[0] is not lines[0]):
@@ -69,10 +78,8 @@ class ShortParagraphs(Cleaner):
         return _BLANK.sub("\n\n", "\n".join(kept)).strip("\n")
 
     def _excused(self, line: str) -> bool:
-        if self.sentences and _SENTENCE.search(line) and _HAN_SEARCH(line):
-            return True
         if self.headings and _HEADING.match(line) and _HAN_SEARCH(line):
             return True
-        if not self.foreign or _HAN_SEARCH(line):
+        if not self.foreign:
             return False
-        return line[0] in " \t" or len(line) - line.count(" ") >= self.foreign
+        return line[0] in " \t" or (not _HAN_SEARCH(line) and len(line) - line.count(" ") >= self.foreign)

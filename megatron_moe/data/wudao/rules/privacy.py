@@ -12,7 +12,7 @@ from megatron_moe.data.wudao.rules import characters
 from megatron_moe.data.wudao.rules.base import Cleaner
 
 _D = "[0-9０-９]"
-_NOT_AFTER_NUMBER = "(?<![0-9０-９A-Za-z_])(?<![0-9０-９][.．,，-])"
+_NOT_AFTER_NUMBER = "(?<![0-9０-９A-Za-z_])(?<![0-9０-９][.．-])"
 _NOT_BEFORE_NUMBER = "(?![0-9０-９A-Za-z_]|[.．][0-9０-９])"
 # A number with a unit is a quantity: 13000000000元.
 _UNITS = (
@@ -24,7 +24,7 @@ _ASCII_DIGITS = str.maketrans("０１２３４５６７８９Ｘｘ", "012345678
 # Characters of RFC 3986. Chinese text goes on right after the link, so nothing else belongs to it.
 _URL_CHARACTER = r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]"
 _URL = re.compile(
-    rf"(?:(?<![A-Za-z])(?:https?|ftp)://|(?<![A-Za-z0-9.@/-])www\.(?=[A-Za-z0-9-]+\.)){_URL_CHARACTER}*[A-Za-z0-9/=_~#&%-]",
+    rf"(?:(?:https?|ftp)://|(?<![A-Za-z0-9.@/-])www\.(?=[A-Za-z0-9-]+\.)){_URL_CHARACTER}*[A-Za-z0-9/=_~#&%-]",
     re.IGNORECASE,
 )
 _BRACKETED = {"(": ")", "（": "）", "[": "]", "【": "】", "<": ">", "〈": "〉", "《": "》"}
@@ -118,9 +118,11 @@ _QQ = re.compile(
     f"((?<![A-Za-z])(?:{'|'.join(_QQ_NAMES)})(?:交流|讨论|粉丝|客服)?{_SAID}(?:[:：是为][ \u3000]*+)?+)"
     f"[1-9１-９]{_D}{{4,10}}{_NOT_BEFORE_NUMBER}{_NO_QUANTITY}"
 )
+# Without a word or a colon before it, a name must hold a digit: 微信 Android 版 is none.
 _WECHAT = re.compile(
-    f"((?<![A-Za-z])(?:{'|'.join(_WECHAT_NAMES)}){_SAID}(?:[:：是为][ \u3000]*+|(?<=[号码\u3000 ])))"
-    "[A-Za-z][A-Za-z0-9_-]{5,19}(?![A-Za-z0-9_-])"
+    f"((?<![A-Za-z])(?:{'|'.join(_WECHAT_NAMES)})(?:(?:号码?|帐号|账号|ID|id)[ \u3000]*+(?:[:：是为][ \u3000]*+)?+"
+    "|[ \u3000]*+[:：][ \u3000]*+|[ \u3000]++(?=[A-Za-z_-]++[0-9])))"
+    "[A-Za-z][A-Za-z0-9_-]{5,19}(?![A-Za-z0-9_-])(?! [A-Za-z])"
 )
 
 

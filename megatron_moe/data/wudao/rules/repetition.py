@@ -14,7 +14,7 @@ from megatron_moe.data.wudao.rules.characters import View, codes_of
 _MIX = np.uint32(0x9E3779B1)
 _SHIFT = np.uint32(15)
 # With fewer n-grams comparing pieces of the text costs less than hashes.
-_FEW = 200
+_FEW = 150
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,13 @@ class RepeatedNgrams(Filter):
 
     def share(self, view: View) -> float:
         """The share of n-grams with a copy; 0 where a quick look shows that it is not above `most`."""
-        text = "".join(view.text.split()) if view.bits & (characters.SPACE | characters.NEWLINE) else view.text
-        count = len(text) - self.ngram + 1
-        if count < 2:
-            return 0.0
+        text = view.text
+        if view.bits & (characters.SPACE | characters.NEWLINE):
+            text = "".join(text.split())
         if view.bits & (characters.LATIN | characters.LETTER):
             text = text.lower()
-            count = len(text) - self.ngram + 1
-        if count < _FEW and not self._may_repeat(text, count):
+        count = len(text) - self.ngram + 1
+        if count < 2 or (count < _FEW and not self._may_repeat(text, count)):
             return 0.0
         hashes = _ngrams(codes_of(text), self.ngram)
         hashes.sort()
@@ -62,16 +61,16 @@ class RepeatedNgrams(Filter):
     def _may_repeat(self, text: str, count: int) -> bool:
         """False only if the share is not above `most`.
 
-        An n-gram covers a whole block of those that the text is cut into every (n + 1) / 2 characters, and a copy of
-        the n-gram holds a copy of the block. A block is in at most `size` n-grams as their first, so of `blocks` blocks
-        more than `most` * count / size have a copy, and looking at all but so many must meet one.
+        An n-gram covers a whole block of those that the text is cut into every (n + 1) / 2 characters; a later copy of
+        the n-gram holds a later copy of the block. Of r n-grams with copies at least r/2 have a later one, and a block
+        is the first in at most `size` of them, so more than `most` * count / (2 * size) blocks have a later copy:
+        looking at all but so many must meet one.
         """
         size = (self.ngram + 1) // 2
         blocks = (count - 1) // size + 2
-        looked = blocks - int(self.most * count / size)
-        for start in range(0, looked * size, size):
-            block = text[start : start + size]
-            if len(block) == size and (text.find(block) != start or text.find(block, start + 1) != -1):
+        find = text.find
+        for start in range(0, (blocks - int(self.most * count / (2 * size))) * size, size):
+            if find(text[start : start + size], start + 1) != -1:
                 return True
         return False
 
@@ -115,21 +114,23 @@ class RepeatedLines(Filter):
     def reason(self, view: View) -> str | None:
         """Compare both shares."""
         lines = view.text.split("\n")
+        if view.bits & characters.SPACE:
+            lines = [line.strip() for line in lines]
         if len(lines) < 2 or len(set(lines)) == len(lines):
             return None
         seen: set[str] = set()
-        total = copies = characters = copied = 0
-        for line in map(str.strip, lines):
+        total = copies = length = copied = 0
+        for line in lines:
             if not line:
                 continue
             total += 1
-            characters += len(line)
+            length += len(line)
             if line in seen:
                 copies += 1
                 copied += len(line)
             seen.add(line)
         if copies > self.most_lines * total:
             return f"{copies / total:.2f} of the lines are copies, more than {self.most_lines}"
-        if copied > self.most_characters * characters:
-            return f"{copied / characters:.2f} of the characters are in copied lines, more than {self.most_characters}"
+        if copied > self.most_characters * length:
+            return f"{copied / length:.2f} of the characters are in copied lines, more than {self.most_characters}"
         return None

@@ -55,11 +55,7 @@ class Simplified(Cleaner):
 
     def clean_view(self, view: View) -> str:
         """Convert the text if it is traditional."""
-        only_traditional = view.count(characters.TRADITIONAL)
-        # Most texts are Han for the greater part, so the Han need not be counted to know.
-        if only_traditional <= self.share * len(view.text) and only_traditional <= self.share * view.count(
-            characters.HAN
-        ):
+        if not self._traditional(view):
             return view.text
         if view.bits & characters.STRAY and _SURROGATE.search(view.text):
             pieces = _SURROGATE.split(view.text)
@@ -67,8 +63,18 @@ class Simplified(Cleaner):
         converted: str = converter().convert(view.text)
         return converted
 
+    def _traditional(self, view: View) -> bool:
+        if not view.bits & characters.TRADITIONAL:
+            return False
+        # One character is enough for a short text (converting one without any does nothing), and most texts are Han
+        # for the greater part: count late.
+        if len(view.text) * self.share < 1.0:
+            return True
+        only_traditional = view.count(characters.TRADITIONAL)
+        return only_traditional > self.share * len(view.text) or only_traditional > self.share * view.han
+
     def next_view(self, text: str, view: View) -> View:
         """Han characters took the place of Han characters."""
         if len(text) != len(view.text):
             return View(text)
-        return View(text, view.bits & ~characters.TRADITIONAL, view.kinds)
+        return View(text, view.bits & ~characters.TRADITIONAL, view.kinds, view.han)

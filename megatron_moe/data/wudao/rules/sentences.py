@@ -10,6 +10,7 @@ from megatron_moe.data.wudao.rules.base import Cleaner
 _CLOSING = "”’」』）)】》〉\"'］\\]"
 _END = re.compile(f"[。！？!?…．][{_CLOSING}]*|(?<=[0-9A-Za-z])[.;][{_CLOSING}]*(?=\\s|$)")
 _ENDS = re.compile(f"[。！？!?…．.][{_CLOSING}]*\\s*$|[{_CLOSING}]\\s*$")
+_TERMINAL = frozenset("。！？…”")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LastSentence(Cleaner):
 
     def clean(self, text: str) -> str:
         """Cut it."""
-        if _ENDS.search(text, max(0, len(text) - 16)):
+        if text[-1:] in _TERMINAL or _ENDS.search(text, max(0, len(text) - 16)):
             return text
         begin = int(len(text) * (1.0 - self.most))
         ends = [match.end() for match in _END.finditer(text, begin)]

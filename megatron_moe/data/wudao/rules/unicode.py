@@ -13,7 +13,7 @@ from megatron_moe.data.wudao.rules.base import Cleaner
 _UPPER_BYTES = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ\x80-\xff"
 # A lead byte of three and two or more trail bytes: what one Chinese character becomes.
 _MISREAD = re.compile(f"[{_UPPER_BYTES}]*[\xc2-\xf4][{_UPPER_BYTES} ]*[{_UPPER_BYTES}]")
-_MISREAD_GBK = re.compile(f"[{characters.MISREAD_GBK}]")
+_MISREAD_GBK = re.compile(f"[{characters.misread_gbk()}]")
 _CHINESE = re.compile(f"[{characters.HAN_CLASS}{characters.CJK_PUNCTUATION_CLASS}]")
 
 
@@ -105,6 +105,10 @@ class Control(Cleaner):
 
 _ODD_SPACE = re.compile(f"[{characters.ODD_SPACES}]")
 _RADICAL = re.compile("[\u2e80-\u2fdf]")
+# Radicals of the supplement that are a Han character of their own; compatibility mappings have none of these.
+_RADICALS = str.maketrans(
+    "⺠⻁⻄⻅⻆⻉⻋⻓⻔⻘⻙⻚⻛⻜⻝⻢⻣⻤⻥⻦⻧⻨⻩⻬⻮⻰", "民虎西见角贝车长门青韦页风飞食马骨鬼鱼鸟卤麦黄齐齿龙"
+)
 _VERTICAL = re.compile("[\ufe10-\ufe19\ufe30-\ufe4f\uff61-\uff65]")
 # Vertical forms as horizontal writing has them; Unicode maps some of them to ASCII, which is wrong for Chinese.
 _HORIZONTAL = str.maketrans(
@@ -147,7 +151,7 @@ class Forms(Cleaner):
         """Replace forms."""
         text = _ODD_SPACE.sub(" ", text)
         if _RADICAL.search(text):
-            text = _RADICAL.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text)
+            text = _RADICAL.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text).translate(_RADICALS)
         if _VERTICAL.search(text):
             text = text.translate(_HORIZONTAL)
         if self.wide_letters:

@@ -44,13 +44,16 @@ class Whitespace(Cleaner):
         """Normalise it."""
         text = view.text
         if view.bits & characters.SPACE:
-            # Blank lines are seen as such once their spaces are gone; the first line's indentation goes below.
-            text = _INDENT.sub("\n", _LINE_TAIL.sub("", text))
+            text = _INDENT.sub("\n", _LINE_TAIL.sub("", f"\n{text}\n"))
             text = _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
             text = _RUN.sub(lambda match: match.group()[0], text)
         if "\n\n\n" in text:
             text = _BLANK_LINES.sub("\n\n", text)
-        return text.strip(" \t\u3000\n")
+        return text.strip("\n")
+
+    def next_view(self, text: str, view: View) -> View:
+        """The Han characters are those that there were."""
+        return View(text, view.bits, None, view.han)
 
 
 @dataclass(frozen=True)
