@@ -1,24 +1,28 @@
-"""Write the parts of docs/ that the code knows: all flags, and the upstream symbols that are replaced.
+"""Write the parts of docs/ that the code knows: all flags, the rules for cleaning text, the upstream symbols replaced.
 
     python tools/make_flag_docs.py
     python tools/make_flag_docs.py --check
 
-writes docs/flags.md whole, and the table between the marks in docs/architecture.md. With --check nothing is
-written; the command fails if a file is not up to date.
+writes docs/flags.md and docs/rules.md whole, and the table between the marks in docs/architecture.md. With --check
+nothing is written; the command fails if a file is not up to date.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from megatron_moe import evaluate, generate, score
 from megatron_moe.config import aliases
-from megatron_moe.config.base import UserError, format_value
+from megatron_moe.config.base import UserError, field_help, format_value
 from megatron_moe.config.flags import LaunchOptions, ServeOptions, StartingPoint
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.schema import FieldSpec, run_sections, section_fields
 from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.wudao.recipe import load_recipe
+from megatron_moe.data.wudao.recipe_file import recipe_names
+from megatron_moe.data.wudao.rules import RULES, Rule
 from megatron_moe.runtime.replace import Replacement
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -91,6 +95,53 @@ def _alias_tables() -> Iterator[str]:
     yield from _table(("flag", "what to do"), refused)
 
 
+def rules_page() -> str:
+    """docs/rules.md: the rules of tools/clean_wudao.py."""
+    lines = [
+        "# Rules for cleaning text",
+        "",
+        "Made by `python tools/make_flag_docs.py` from the classes in `megatron_moe/data/wudao/rules/`. Do not edit.",
+        "",
+        "A recipe lists rules with their options ([data.md](data.md) shows how); they stand here in the order in which",
+        "they work best. In the columns: the built-in recipes that have the rule, and what differs from its defaults",
+        "there. `advertising` and `sensitive_words` stand in `strict` and `wudao-default`, and work once they are given",
+        "a list.",
+        "",
+    ]
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    inside = {name: {rule.name: rule for rule in recipe.rules} for name, recipe in recipes.items()}
+    rows = [
+        (f"[`{rule.name}`](#{rule.name})", *(_rule_in(rules.get(rule.name), rule) for rules in inside.values()))
+        for rule in RULES
+    ]
+    lines += [*_table(("rule", *(f"`{name}`" for name in recipes)), rows), ""]
+    for rule in RULES:
+        lines += [f"## {rule.name}", "", inspect.cleandoc(rule.__doc__ or ""), ""]
+        lines += [f"Source: {rule.source}."]
+        lines += [f"What it takes from clean text: {rule.destroys}."] if rule.destroys else []
+        helps = field_help(rule)
+        options = [(f"`{field.name}`", _option(field.default), helps.get(field.name, "")) for field in fields(rule)]
+        lines += ["", *_table(("option", "default", "meaning"), options), ""] if options else [""]
+    return "\n".join(lines)
+
+
+def _rule_in(rule: Rule | None, kind: type[Rule]) -> str:
+    if rule is None:
+        return ""
+    changed = [
+        f"{field.name} {_option(getattr(rule, field.name))}"
+        for field in fields(kind)
+        if getattr(rule, field.name) != field.default
+    ]
+    return ", ".join(changed) or "yes"
+
+
+def _option(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"`{value}`" if value not in (None, "", ()) else "empty"
+
+
 def replaced_symbols() -> list[tuple[str, Replacement]]:
     """Every upstream symbol that is replaced, and when."""
     from megatron_moe.runtime.quiet import silence_third_party_warnings
@@ -144,6 +195,7 @@ def pages() -> dict[Path, str]:
     architecture = DOCS / "architecture.md"
     return {
         DOCS / "flags.md": flags_page(),
+        DOCS / "rules.md": rules_page(),
         architecture: architecture_page(architecture.read_text(encoding="utf-8")),
     }
 
