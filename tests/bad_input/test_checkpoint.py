@@ -132,7 +132,7 @@ CASES = [
     Case(
         "tokenizer of other pieces",
         "--tokenizer-model {data}/other.model",
-        "--tokenizer-model {data}/other.model: id 267 is '为天', in that of the checkpoint "
+        "--tokenizer-model {data}/other.model: id 292 is '为天', in that of the checkpoint "
         "{run}/iter_0000002/tokenizer it is '不过'; give the tokenizer the run was trained with",
         base=RESUME,
     ),
