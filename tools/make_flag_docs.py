@@ -104,7 +104,7 @@ def rules_page() -> str:
         "",
         "A recipe lists rules with their options ([data.md](data.md) shows how); they stand here in the order in which",
         "they work best. In the columns: the built-in recipes that have the rule, and what differs from its defaults",
-        "there. `advertising` and `sensitive_words` stand in `strict` and `wudao-default`, and work once they are given",
+        "there. `advertising` and `sensitive_words` stand in `strict` and `wudao-default`; they work once they have",
         "a list.",
         "",
     ]
