@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on real Chinese text, in minutes: fetch a sample, train a tokenizer, preprocess, pretrain a
+# The main job on real Chinese text, in minutes: fetch a sample, clean it, train a tokenizer, preprocess, pretrain a
 # pyramid-residual MoE, evaluate, generate, plot.
 #
 #   make demo                            # sets up .venv first
@@ -40,20 +40,24 @@ launch() { "$PY" -m megatron_moe.torchrun --standalone --nproc-per-node "$PROCES
 say "real Chinese text: People's Daily of January 1998, and Romance of the Three Kingdoms"
 "$PY" tools/fetch_sample_corpus.py --output-dir "$DATA"
 
+say "cleaning: WuDao's rules, equal and similar documents dropped"
+"$PY" tools/clean_wudao.py --input "$DATA/wudao" --output "$DATA/clean" --workers 2
+"$PY" tools/clean_wudao.py --input "$DATA/heldout.jsonl" --text-key text --dedup none --output "$DATA/clean-heldout"
+
 say "a byte-fallback BPE tokenizer of $VOCAB_SIZE pieces"
-"$PY" tools/build_tokenizer.py --input "$DATA/train.jsonl" --output "$DATA/tokenizer" --vocab-size "$VOCAB_SIZE"
+"$PY" tools/build_tokenizer.py --input "$DATA/clean" --output "$DATA/tokenizer" --vocab-size "$VOCAB_SIZE"
+TOKENIZER_MODEL=$DATA/tokenizer/tokenizer.model
 
 say "token files"
-for part in train heldout; do
-    [ -f "$DATA/$part.idx" ] ||
-        "$PY" tools/preprocess_data.py --input "$DATA/$part.jsonl" --output-prefix "$DATA/$part" \
-            --tokenizer-model "$DATA/tokenizer/tokenizer.model" --workers 2
-done
+"$PY" tools/preprocess_data.py --input "$DATA/clean" --output-prefix "$DATA/train" \
+    --tokenizer-model "$TOKENIZER_MODEL" --workers 2
+"$PY" tools/preprocess_data.py --input "$DATA/clean-heldout" --output-prefix "$DATA/heldout" \
+    --tokenizer-model "$TOKENIZER_MODEL" --workers 2
 
 say "pretraining on $PROCESSES processes ${PARALLEL_ARGS[*]:-}"
 launch megatron_moe.pretrain --recipe tiny-cpu "${PARALLEL_ARGS[@]}" \
-    --train-data-path "$DATA/train" --valid-data-path "$DATA/heldout" \
-    --tokenizer-model "$DATA/tokenizer/tokenizer.model" --save "$RUN" --load "$RUN" --save-interval 200 --keep-last 2 --log-interval 10 "$@"
+    --train-data-path "$DATA/train" --valid-data-path "$DATA/heldout" --tokenizer-model "$TOKENIZER_MODEL" \
+    --save "$RUN" --load "$RUN" --save-interval 200 --keep-last 2 --log-interval 10 "$@"
 
 say "evaluation on all held-out text, in one process: a checkpoint loads under any layout"
 "$PY" -m megatron_moe.evaluate --load "$RUN" --data-path "$DATA/heldout" --output "$RUN/evaluation.json"
@@ -73,7 +77,7 @@ print(unigram_entropy(sys.argv[1], int(sys.argv[2])))
 
 say "done"
 "$PY" tools/summarize_run.py --run "$RUN" --train-prefix "$DATA/train" --heldout-prefix "$DATA/heldout" \
-    --tokenizer-model "$DATA/tokenizer/tokenizer.model" --require-margin "$MARGIN"
+    --tokenizer-model "$TOKENIZER_MODEL" --require-margin "$MARGIN"
 cat <<END
 
 picture          $RUN/training.png
