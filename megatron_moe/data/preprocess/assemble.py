@@ -19,6 +19,8 @@ from megatron_moe.data.preprocess.workspace import COLUMNS, Workspace
 _Block = tuple[Readable, npt.NDArray[np.int32], npt.NDArray[np.int32] | None]
 # Documents in memory at a time.
 _BLOCK = 1 << 16
+# Bytes.
+_COPY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class _Source:
 
     def _all(self, parts: Sequence[Part]) -> Generator[_Block]:
         for part in parts:
-            with _opened_column(self._workspace, part, "bin") as tokens:
+            with _opened_column(self._workspace, part, "bin", part.totals.tokens * self._itemsize) as tokens:
                 for lengths, documents, _ in _columns(self._workspace, part):
                     yield tokens, lengths, documents
 
@@ -172,22 +174,35 @@ class _Checked:
 
 
 @contextlib.contextmanager
-def _opened_column(workspace: Workspace, part: Part, column: str) -> Iterator[_Checked]:
-    """A column of a part, which must have been read to its end and be as it was written."""
+def _opened_column(workspace: Workspace, part: Part, column: str, size: int | None = None) -> Iterator[_Checked]:
+    """A column of a part, which must be as it was written.
+
+    Args:
+        workspace, part, column: which.
+        size: bytes it must have; its checksum is compared after all of it was read. None: compared at once, before
+            anybody relies on the numbers in it.
+    """
     path = workspace.column(part.name, part.field, column)
+    expected = part.checksums[COLUMNS.index(column)]
     cure = f"delete {workspace.folder} and start again"
     try:
         with path.open("rb") as file:
+            if size is None:
+                before = _Checked(file)
+                while before.read(_COPY):
+                    pass
+                if before.checksum != expected:
+                    raise UserError(f"{path}: damaged, not what was written; {cure}")
+                file.seek(0)
+            elif size != path.stat().st_size:
+                raise UserError(f"{path}: damaged, {path.stat().st_size} bytes instead of {size}; {cure}")
             checked = _Checked(file)
             yield checked
-            if checked.read(1) or checked.checksum != part.checksums[COLUMNS.index(column)]:
+            if checked.checksum != expected:
                 raise UserError(f"{path}: damaged, not what was written; {cure}")
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); {cure}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
 
 
 def _read(file: _Checked, count: int) -> npt.NDArray[np.int32]:
-    content = file.read(4 * count)
-    if len(content) != 4 * count:
-        raise EOFError("cut short")
-    return np.frombuffer(content, "<i4")
+    return np.frombuffer(file.read(4 * count), "<i4")

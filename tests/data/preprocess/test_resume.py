@@ -1,5 +1,6 @@
 """Runs that are killed, with real processes and SIGKILL: nothing half-written, done twice or left over."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,6 +73,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
     texts = documents(1500)
@@ -95,9 +102,12 @@ def test_a_killed_run_goes_on(tmp_path: Path, inputs: list[Path], tokenizer_mode
         wait_until(lambda before=before: len(list(parts.glob("*.done"))) > before + 5)
         workers = workers_of(process.pid)
         process.kill()
-        process.communicate()
+        process.wait()
         # A worker that lives on would write into what the next run is doing.
-        wait_until(lambda workers=workers: not any(map(alive, workers)))
+        try:
+            wait_until(lambda workers=workers: not any(map(alive, workers)))
+        finally:
+            kill(workers)
         done = len(list(parts.glob("*.done")))
         assert done > before + 5
         assert not list(tmp_path.glob("out.*[nx]"))
@@ -152,7 +162,10 @@ def test_only_what_changed_is_done_again(tmp_path: Path, stopped: Preprocessing)
 
 
 def test_a_file_written_again_is_read_again(tmp_path: Path, stopped: Preprocessing) -> None:
-    write_jsonl(tmp_path / "a.jsonl", documents(51))
+    source = tmp_path / "a.jsonl"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace("北京", "上海"), encoding="utf-8")
+    assert source.stat().st_size == len(text.encode())
     assert again(tmp_path, stopped) == 0
     preprocess([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "whole", stopped)
     assert same_pair(tmp_path / "out", tmp_path / "whole")
@@ -165,17 +178,19 @@ def test_parts_of_other_options_are_not_mixed_in(tmp_path: Path, stopped: Prepro
 
 
 @pytest.mark.parametrize("column", ["bin", "lengths"])
-def test_a_damaged_part_is_seen(tmp_path: Path, stopped: Preprocessing, column: str) -> None:
+@pytest.mark.parametrize("how", ["one more", "one less", "cut", "gone"])
+def test_a_damaged_part_is_seen(tmp_path: Path, stopped: Preprocessing, column: str, how: str) -> None:
     part = next((tmp_path / "out.parts").glob(f"*.{column}"))
     content = bytearray(part.read_bytes())
-    content[-4] ^= 1
-    part.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{part.name}: damaged.*; delete .*out\.parts and start again"):
+    content[-4] += {"one more": 1, "one less": -1}.get(how, 0)
+    part.write_bytes(content[:-4] if how == "cut" else content)
+    if how == "gone":
+        part.unlink()
+    with pytest.raises(
+        UserError, match=rf"{part.name}: (damaged|cannot be read).*; delete .*out\.parts and start again"
+    ):
         again(tmp_path, stopped)
     assert not list(tmp_path.glob("out.[bi]*"))
-    part.unlink()
-    with pytest.raises(UserError, match=rf"{part.name}: damaged"):
-        again(tmp_path, stopped)
 
 
 def test_a_marker_that_cannot_be_read_is_none(tmp_path: Path, stopped: Preprocessing) -> None:
