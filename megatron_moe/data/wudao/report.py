@@ -25,21 +25,22 @@ _MOST_REASONS = 20
 
 def write_report(job: Job) -> JsonObject:
     """Write quarantine, timings, page and report of a job whose other stages are done; the report comes last."""
-    cleaned = [job.result("clean", number) for number in range(len(job.tasks))]
-    stats = CleanStats()
-    for result in cleaned:
-        stats.merge(CleanStats.from_dict(result))
-    written, documents = Amount(), []
-    written.merge(stats.kept)
+    stats, dropped, documents = CleanStats(), Amount(), []
     samples = {"exact": Samples(), "near": Samples()}
-    for number, result in enumerate(cleaned):
-        count = result["kept"]["documents"]
+    # Task by task: with their samples, the results of thousands of tasks would take much memory.
+    for number in range(len(job.tasks)):
+        result = CleanStats.from_dict(job.result("clean", number))
+        stats.merge(result)
+        documents.append(result.kept.documents)
         if job.stage_tasks("write"):
             copied = job.result("write", number)
-            written.merge(Amount(**copied["dropped"]), -1)
-            count -= copied["dropped"]["documents"]
+            here = Amount(**copied["dropped"])
+            dropped.merge(here)
+            documents[-1] -= here.documents
             samples = {kind: Samples([*found.entries(), *copied["samples"][kind]]) for kind, found in samples.items()}
-        documents.append(count)
+    written = Amount()
+    written.merge(stats.kept)
+    written.merge(dropped, -1)
     _write_quarantine(job, sum(stats.faults.values()))
     report: JsonObject = {
         "tool": f"megatron_moe {__version__} clean_wudao",
@@ -165,13 +166,17 @@ def _timings(job: Job) -> JsonObject:
     """Seconds of all tasks of each stage, and how fast they were."""
     stages: JsonObject = {}
     for stage in STAGES[:-1]:
-        results = [job.result(stage, number) for number in range(job.stage_tasks(stage))]
-        if results:
+        seconds, processor = [], []
+        for number in range(job.stage_tasks(stage)):
+            result = job.result(stage, number)
+            seconds.append(result["seconds"])
+            processor.append(result["processor_seconds"])
+        if seconds:
             stages[stage] = {
-                "tasks": len(results),
-                "seconds": round(sum(result["seconds"] for result in results), 3),
-                "processor_seconds": round(sum(result["processor_seconds"] for result in results), 3),
-                "longest_task_seconds": round(max(result["seconds"] for result in results), 3),
+                "tasks": len(seconds),
+                "seconds": round(sum(seconds), 3),
+                "processor_seconds": round(sum(processor), 3),
+                "longest_task_seconds": round(max(seconds), 3),
             }
     size = sum(file.size for file in job.inputs)
     busy = sum(stage["processor_seconds"] for stage in stages.values())

@@ -134,7 +134,8 @@ class Amount:
         self.bytes += times * other.bytes
         self.lengths = [mine + times * theirs for mine, theirs in zip(self.lengths, other.lengths, strict=True)]
         for name, (documents, characters) in other.by_type.items():
-            mine = self.by_type.setdefault(name if len(self.by_type) < MOST_TYPES else OTHER_TYPES, [0, 0])
+            known = name in self.by_type or len(self.by_type) < MOST_TYPES
+            mine = self.by_type.setdefault(name if known else OTHER_TYPES, [0, 0])
             mine[0] += times * documents
             mine[1] += times * characters
 
