@@ -98,7 +98,12 @@ def _parser() -> ToolParser:
         "(default %(default)s)",
     )
     parser.add_argument(
-        "--heldout", type=Path, nargs="+", default=[], metavar="PATH", help="held-out text instead of a part of --input"
+        "--heldout",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="held-out text instead of a part of --input; of more than 10,000 documents a sample",
     )
     parser.add_argument(
         "--compare",

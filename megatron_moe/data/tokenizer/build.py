@@ -29,7 +29,7 @@ from megatron_moe.data.tokenizer.kinds.sentence_piece import SentencePieceTokeni
 from megatron_moe.data.tokenizer.options import BuildOptions, choose_coverage
 from megatron_moe.data.tokenizer.reading import read_all
 from megatron_moe.data.tokenizer.report_page import report_page
-from megatron_moe.data.tokenizer.sample import Sample, SampleOptions, read_texts
+from megatron_moe.data.tokenizer.sample import Sample, SampleOptions, sample_documents
 from megatron_moe.data.tokenizer.train import Trained, TrainOptions, train_model
 from megatron_moe.data.tokenizer.train_process import peak_memory
 from megatron_moe.data.tokenizer.workspace import (
@@ -248,7 +248,7 @@ def _warn_of_memory(size: int) -> None:
 
 def _held_out_texts(work: Path, files: Sequence[Path], options: SampleOptions) -> list[tuple[str, str]]:
     if files:
-        return [(group, text) for path in files for text, group in read_texts(path, options)]
+        return sample_documents(files, options)
     return [(group, text) for group, text in json.loads((work / _HELDOUT).read_bytes())]
 
 

@@ -28,7 +28,7 @@ except ImportError:
 
 
 # Of the held-out documents so many are kept: enough that chars/token of each kind of text stands to a few per mille.
-HELDOUT_DOCUMENTS = 5000
+HELDOUT_DOCUMENTS = 10_000
 _PARQUET_ROWS = 1024
 _FLUSH_LINES = 1 << 14
 # A place is the file's number above so many bits for the place in the file.
@@ -195,6 +195,16 @@ def _offer(sample: Sample, lines: list[str], first: int, seed: int) -> None:
     places = np.arange(len(lines), dtype=np.uint64) + np.uint64(first + sample.sentences)
     sample.sentences += len(lines)
     sample.kept.add(place_keys(places, seed), places, lines)
+
+
+def sample_documents(files: Sequence[Path], options: SampleOptions) -> list[tuple[str, str]]:
+    """As many documents of some files as are kept of held-out ones, chosen in the same way: (kind of text, text)."""
+    kept = SmallestKeys[tuple[str, str]](HELDOUT_DOCUMENTS)
+    for number, path in enumerate(files):
+        for count, (text, group) in enumerate(read_texts(path, options)):
+            place = np.array([(number << _PLACE_BITS) + count], np.uint64)
+            kept.add(place_keys(place, options.seed), place, [(group, text)])
+    return kept.in_order()
 
 
 def is_held_out(text: str, every: int) -> bool:

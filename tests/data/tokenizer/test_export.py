@@ -100,6 +100,14 @@ def test_every_character_has_the_same_ids(ours: Tokenizer, theirs: Tokenizer) ->
         check(ours, theirs, "".join(map(chr, points[start : start + 1000])))
 
 
+def test_what_is_no_text_is_named(ours: Tokenizer, theirs: Tokenizer) -> None:
+    for tokenizer in (ours, theirs):
+        for text in ("a\ud800", "\u2581a\udfff"):
+            for encode in (tokenizer.encode, lambda text, t=tokenizer: t.encode_batch(["a", text])):
+                with pytest.raises(UserError, match="half of a surrogate pair at character"):
+                    encode(text)
+
+
 @pytest.mark.slow
 def test_100_000_lines_have_the_same_ids(ours: Tokenizer, theirs: Tokenizer) -> None:
     """Words of jieba's dictionary between lines of English, code and made-up Chinese."""

@@ -101,6 +101,9 @@ def test_what_every_kind_keeps(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert lengths.tolist() == [len(tokenizer.encode(text)) for text in TEXTS]
     assert [len(array) for array in tokenizer.encode_batch([])] == [0, 0]
     assert len(tokenizer.pieces) == tokenizer.vocab_size
+    for encode in (lambda: tokenizer.encode("a\ud800b"), lambda: tokenizer.encode_batch(["a", "a\ud800b"])):
+        with pytest.raises(UserError, match=r"^text 'a\\ud800b': half of a surrogate pair at character 1"):
+            encode()
     with pytest.raises(UserError, match="token id -1"):
         tokenizer.decode([-1])
     tokenizer.save_to(tmp_path)

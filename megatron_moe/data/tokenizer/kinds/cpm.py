@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, short_hash
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, only_text, short_hash
 from megatron_moe.data.tokenizer.kinds.sentence_piece import SAVED_NAME, find_end_of_document, load_processor
 from megatron_moe.data.tokenizer.kinds.words import load_jieba
 
@@ -43,8 +43,9 @@ class CPMTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        words = (word.translate(_TO_MARKS) for word in self._jieba.cut(text))
-        return self._processor.encode(" ".join(words))
+        with only_text(text):
+            words = (word.translate(_TO_MARKS) for word in self._jieba.cut(text))
+            return self._processor.encode(" ".join(words))
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:
         """Ids of many texts."""

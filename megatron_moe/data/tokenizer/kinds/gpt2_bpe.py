@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.tokenizer.kinds.library import find_end_of_text, guarded, list_pieces
-from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, short_hash
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, only_text, short_hash
 
 VOCAB_FILE, MERGE_FILE = "vocab.json", "merges.txt"
 
@@ -58,12 +58,14 @@ class GPT2BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; one that spells `<|endoftext|>` is spelled in pieces."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with only_text(text):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:
         """Ids of many texts."""
-        rows = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with only_text(*texts):
+            rows = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return join_ids([row.ids for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:

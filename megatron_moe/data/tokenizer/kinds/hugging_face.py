@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, short_hash
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, only_text, short_hash
 from megatron_moe.data.tokenizer.symbols import END_OF_DOCUMENT
 
 # One of them is in every folder that AutoTokenizer can read.
@@ -64,17 +64,18 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special symbols."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        with only_text(text):
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:
         """Ids of many texts."""
         if not texts:
             return join_ids([])
-        return join_ids(
-            self._tokenizer(
+        with only_text(*texts):
+            encoded = self._tokenizer(
                 list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-            )["input_ids"]
-        )
+            )
+        return join_ids(encoded["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special symbols give nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.tokenizer.kinds.library import find_end_of_text, guarded, list_pieces
-from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, short_hash
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, only_text, short_hash
 from megatron_moe.data.tokenizer.kinds.words import load_jieba
 
 SAVED_NAME = "tokenizer.json"
@@ -55,8 +55,9 @@ class JiebaBPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special symbols."""
-        words = list(self._jieba.cut(text))
-        ids: list[int] = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False).ids
+        with only_text(text):
+            words = list(self._jieba.cut(text))
+            ids: list[int] = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:

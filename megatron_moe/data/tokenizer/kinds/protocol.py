@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,25 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     for index in ids:
         if not 0 <= index < vocab_size:
             raise UserError(f"token id {index}: must be from 0 to {vocab_size - 1}")
+
+
+@contextmanager
+def only_text(*texts: str) -> Iterator[None]:
+    """Name what is no text where a library fails on it: half of a surrogate pair, as from a broken command line.
+
+    Raises:
+        UserError: the code inside failed, and one of the texts is not Unicode.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        for text in texts:
+            place = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            if place is not None:
+                raise UserError(
+                    f"text {text[:20]!r}: half of a surrogate pair at character {place}; it must be Unicode"
+                ) from error
+        raise
 
 
 def join_ids(rows: Sequence[Sequence[int] | npt.NDArray[np.int32]]) -> IdBatch:

@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, short_hash
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, check_ids, describe, join_ids, only_text, short_hash
 from megatron_moe.data.tokenizer.symbols import END_OF_DOCUMENT, SPACE_MARK
 
 SAVED_NAME = "tokenizer.model"
@@ -78,17 +78,19 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; with byte fallback and identity normalisation `decode` gives the same text back."""
         if SPACE_MARK not in text or not self._can_spell_mark:
-            return self._processor.encode(text)
+            with only_text(text):
+                return self._processor.encode(text)
         first, *others = text.split(SPACE_MARK)
-        ids = self._processor.encode(first)
+        ids = self.encode(first)
         for part in others:
             ids += self._mark_ids
-            ids += self._processor.encode(part)
+            ids += self.encode(part)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> IdBatch:
         """Ids of many texts; SentencePiece hands them over as buffers, which costs less than lists of numbers."""
-        rows = self._processor.encode_as_numpy(list(texts), num_threads=1)
+        with only_text(*texts):
+            rows = self._processor.encode_as_numpy(list(texts), num_threads=1)
         if self._can_spell_mark:
             for place, text in enumerate(texts):
                 if SPACE_MARK in text:
