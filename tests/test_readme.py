@@ -4,6 +4,7 @@ Blocks of the READMEs: `bash` is run, in order, shrunk; `sh` (GPUs, Slurm, make)
 and targets looked up. `console` in docs/troubleshooting.md is answered by the code and compared.
 """
 
+import json
 import os
 import re
 import shlex
@@ -73,9 +74,16 @@ SCRIPT_COMMANDS = {"generate.sh": "generate", "score.sh": "score"}
 
 
 def tool_flags(name: str) -> set[str]:
-    """Flags that a script in tools/ defines."""
+    """Flags that a script in tools/ defines, itself or in the modules of data/ that it imports."""
     source = (ROOT / "tools" / name).read_text(encoding="utf-8")
-    return set(re.findall(r'"(--[a-z][a-z-]+)"', source)) | EVERY_COMMAND
+    modules = [
+        f"{package}.{name}" if name.islower() else package
+        for package, name in re.findall(r"^from (megatron_moe\.data\S*) import (\w+)", source, re.MULTILINE)
+    ]
+    paths = [ROOT / f"{module.replace('.', '/')}.py" for module in (*modules, "megatron_moe.data.command_line")]
+    paths += [path.parent.with_suffix(".py") for path in paths]
+    sources = [source, *(path.read_text(encoding="utf-8") for path in paths if path.exists())]
+    return {flag for text in sources for flag in re.findall(r'"(--[a-z][a-z-]+)"', text)} | EVERY_COMMAND
 
 
 def commands(block: str) -> list[list[str]]:
@@ -207,12 +215,21 @@ def test_demo_output_has_its_place(path: Path) -> None:
     assert "```text" in shown[1]
 
 
+def write_wudao(lines: Path, folder: Path) -> None:
+    """The documents of a JSON Lines file as a part of WuDao."""
+    texts = [json.loads(line)["text"] for line in lines.open(encoding="utf-8")]
+    folder.mkdir()
+    part = [{"id": number, "title": "", "dataType": "新闻", "content": text} for number, text in enumerate(texts)]
+    (folder / "part-00000.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_bash_blocks_run(tiny_data: Path, tmp_path: Path) -> None:
     """All of them, in order, in one folder, as someone who follows the README would."""
     (tmp_path / "data").mkdir()
     shutil.copy(tiny_data / "train.jsonl", tmp_path / "data" / "train.jsonl")
     shutil.copy(tiny_data / "valid.jsonl", tmp_path / "data" / "heldout.jsonl")
+    write_wudao(tiny_data / "train.jsonl", tmp_path / "data" / "wudao")
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     programs = tmp_path / "bin"
     programs.mkdir()
