@@ -14,6 +14,7 @@ from megatron_moe.data.wudao.document import Document
 from megatron_moe.data.wudao.job import Job
 from megatron_moe.data.wudao.objects import Fault
 from megatron_moe.data.wudao.reader import Piece, PieceReader
+from megatron_moe.data.wudao.rules.characters import views_of
 from megatron_moe.data.wudao.shards import shard_writer
 from megatron_moe.data.wudao.stats import CleanStats, Tally
 from megatron_moe.data.wudao.tasks import Task
@@ -82,9 +83,12 @@ class BatchCleaner:
         kept: list[Document] = []
         numbers: list[int] = []
         first = stats.number
-        for number, document in enumerate(documents, first):
+        views = (
+            views_of([document.text for document in documents]) if self._recipe.uses_views else [None] * len(documents)
+        )
+        for number, (document, view) in enumerate(zip(documents, views, strict=True), first):
             stats.number = number
-            if apply(document, stats):
+            if apply(document, stats, view):
                 kept.append(document)
                 numbers.append(number)
         if self._decontaminator and kept:

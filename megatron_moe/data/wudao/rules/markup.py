@@ -97,18 +97,18 @@ def _decoded(match: re.Match[str]) -> str:
 
 # What counters, share buttons and advertisements of Chinese sites leave: statements, never prose.
 _BEGINNINGS = (
-    r"var\s+\w+\s*=",
+    r"var\s+(?:_|cpro|google|s_|bd)\w*\s*=",
     r"(?:window|document|location)\.\w+",
     r"_(?:hmt|gaq)\.push",
     r"\(adsbygoogle\b",
     r"google_ad_\w+\s*=",
     r"BAIDU_CLB_",
-    r"\$\((?:document|function|'|\")",
-    r"function\s*\w*\s*\([^)\n]*\)\s*\{",
+    r"\$\((?:document|function)\b",
+    r"[!;]?\(function\s*\(",
     r"with\s*\(document\)",
     r"\}\s*\)\s*\(",
     r"@import\s+url",
-    r"[.#]?[\w-]++(?:[ ,>.#]++[\w-]++)*+[ \t]*+\{[^{}:\n]*+:[^{}\n]*+\}[ \t]*+$",
+    r"[.#]?[\w-]++(?:[ ,>.#]++[\w-]++)*+[ \t]*+\{[^{}:\n]*+:[^{}\n]*+\}[ \t\u3000]*+$",
 )
 _STATEMENT = re.compile(rf"^[ \t\u3000]*+(?:{'|'.join(_BEGINNINGS)})[^\n]*$\n?", re.MULTILINE)
 

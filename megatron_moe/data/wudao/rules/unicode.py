@@ -51,14 +51,20 @@ def _mended_latin(match: re.Match[str]) -> str:
 
 
 def _mended_gbk(line: str) -> str:
-    """A line of UTF-8 read as GBK decodes as UTF-8 once more; a line of real Chinese never does."""
+    """A line of UTF-8 read as GBK decodes as UTF-8 once more.
+
+    So do a few lines of two or three rare characters (婵娟 is one), but no common Chinese comes out of these.
+    """
     if not _MISREAD_GBK.search(line):
         return line
+    # Indentation is not part of it: an ideographic space would have become 銆€.
+    misread = line.strip(" \t\u3000")
     try:
-        mended = line.encode("gb18030").decode("utf-8")
+        mended = misread.encode("gb18030").decode("utf-8")
+        mended.encode("gb2312")
     except UnicodeError:
         return line
-    return mended if _CHINESE.search(mended) else line
+    return line.replace(misread, mended) if len(_CHINESE.findall(mended)) >= 2 else line
 
 
 _LINE_END = re.compile(f"\r\n|[{characters.LINE_ENDS}]")

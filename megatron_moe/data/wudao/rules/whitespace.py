@@ -45,8 +45,8 @@ class Whitespace(Cleaner):
         text = view.text
         if view.bits & characters.SPACE:
             text = _INDENT.sub("\n", _LINE_TAIL.sub("", f"\n{text}\n"))
-            text = _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
             text = _RUN.sub(lambda match: match.group()[0], text)
+            text = _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
         if "\n\n\n" in text:
             text = _BLANK_LINES.sub("\n\n", text)
         return text.strip("\n")

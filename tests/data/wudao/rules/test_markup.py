@@ -62,12 +62,22 @@ def test_hostile_markup_takes_no_longer_than_its_length(text: str) -> None:
 
 
 def test_script_lines_go() -> None:
-    dirty = "正文一。\nvar a = 1;\n\u3000document.write('x');\n$(document).ready(f)\nbody { color: red; }\n正文二。"
+    scripts = "var _hmt = _hmt || [];\n\u3000document.write('x');\n$(document).ready(f)\nbody { color: red; }"
+    dirty = f"正文一。\n{scripts}\n正文二。"
     assert Scripts().clean(dirty) == "正文一。\n正文二。"
 
 
 @pytest.mark.parametrize(
-    "text", ["window.location是对象", "在JS里 var x = 1; 表示变量", "f(x) = {a: 1}", "C = { 1, 2 }", "a = b(c)"]
+    "text",
+    [
+        "window.location是对象",
+        "在JS里 var x = 1; 表示变量",
+        "f(x) = {a: 1}",
+        "C = { 1, 2 }",
+        "a = b(c)",
+        "var a = 1;",
+        "function f(){",
+    ],
 )
 def test_other_lines_stay(text: str) -> None:
     assert Scripts().clean(text) == text
