@@ -17,9 +17,18 @@ Exit codes: 0 done; 3 done, but something is in the quarantine; 2 a mistake in f
 """
 
 import sys
+from collections.abc import Sequence
 
 from megatron_moe.data.command_line import run_tool
-from megatron_moe.data.wudao.command import main
+from megatron_moe.data.wudao import command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Clean; leaves with the exit code where it is not 0."""
+    code = command.main(argv, __doc__)
+    if code:
+        sys.exit(code)
+
 
 if __name__ == "__main__":
-    run_tool(lambda argv: sys.exit(main(argv, __doc__)))
+    run_tool(main)

@@ -7,7 +7,6 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -117,10 +116,14 @@ def _run_here(job: Job, stage: StageName, sizes: dict[int, int], bar: Any) -> No
 
 
 def _failure(job: Job, stage: StageName, number: int, error: BaseException) -> TaskFailedError:
-    what = " ".join(f"{type(error).__name__}: {error}".split())
+    what = str(error) if isinstance(error, TaskFailedError) else _one_line(error)
     return TaskFailedError(
         f"{task_label(job, stage, number)}: {what}; start the same command again to go on from there"
     )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class _Pool:
@@ -223,10 +226,10 @@ def _work(stage: StageName, number: int) -> None:
 
     try:
         run_task(job, stage, number, show)
-    except Exception as error:
-        # Exceptions with more than one argument may not survive pickling, and the traceback never does.
-        if not isinstance(error, UserError):
-            traceback.print_exc()
+    except UserError:
         raise
+    except Exception as error:
+        # Exceptions with several arguments may not survive the way to the parent; the traceback comes along (--debug).
+        raise TaskFailedError(_one_line(error)) from error
     finally:
         processes[number] = 0

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -235,6 +236,30 @@ def test_a_worker_that_raises_is_named(corpus: Path, recipe: Path, tmp_path: Pat
     (corpus / "a.json").unlink()
     with pytest.raises(UserError, match=r"a\.json: cannot be read: No such file"):
         run_local(job, workers=2)
+
+
+class TwoArgumentsError(Exception):
+    """Does not survive pickling as it is."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and\n{two}")
+
+
+def broken_task(*_: object) -> None:
+    raise TwoArgumentsError("this", "that")
+
+
+def test_any_exception_of_a_worker_is_one_line_with_its_file(
+    corpus: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = plan(corpus, tmp_path / "out", recipe)
+    monkeypatch.setattr(executors, "run_task", broken_task)
+    monkeypatch.setattr(executors, "_worker", (job, [0] * 99, [0] * 99))
+    with pytest.raises(TaskFailedError) as caught:
+        executors._work("clean", 0)
+    received = pickle.loads(pickle.dumps(caught.value))
+    message = str(executors._failure(job, "clean", 0, received))
+    assert message.startswith(f"{corpus / 'a.json'} (part 1 of 6): TwoArgumentsError: this and that; start the same")
 
 
 @pytest.mark.slow
