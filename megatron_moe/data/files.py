@@ -18,7 +18,10 @@ from megatron_moe.config.base import UserError, disk_error
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 # What tools write beside data: a folder of theirs can be the input of the next tool as it is.
-TOOL_FILES = frozenset({"report.json", "timings.json", "sample.json", "quarantine.jsonl"})
+TOOL_FILES = frozenset({"report.json", "timings.json", "sample.json", "quarantine.jsonl"}) | {
+    # A tokenizer's folder.
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "megatron_moe_tokenizer.json"),
+}
 _TOOL_ENDING = ".report.json"
 # Compressed bytes decompressed at a time. A 4-byte block of zstd can stand for 128 KiB, so this also bounds memory:
 # 64 MiB.

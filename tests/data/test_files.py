@@ -88,7 +88,15 @@ def test_a_zstd_bomb_is_read_in_bounded_memory(tmp_path: Path) -> None:
 
 def test_a_folder_stands_for_its_data_files_in_order(tmp_path: Path) -> None:
     wanted = ["a.jsonl", "b/part-1.json.gz", "b/part-2.PARQUET", "c.txt.zst"]
-    for name in [*wanted, "report.json", "quarantine.jsonl", ".work/x.jsonl", "notes.md", "a.jsonl.12.tmp"]:
+    for name in [
+        *wanted,
+        "report.json",
+        "t/tokenizer.json",
+        "quarantine.jsonl",
+        ".work/x.jsonl",
+        "notes.md",
+        "a.jsonl.12.tmp",
+    ]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert expand_inputs([tmp_path]) == [tmp_path / name for name in wanted]
