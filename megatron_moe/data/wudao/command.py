@@ -137,7 +137,7 @@ def _parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
     add("--ray-address", metavar="ADDRESS", help="a Ray cluster; by default Ray is started on this machine")
     add("--slurm-partition", default="", metavar="NAME", help="needed for --executor slurm")
     add("--slurm-time", default="24:00:00", metavar="TIME", help="limit of each array job (default %(default)s)")
-    add("--slurm-memory-gb", type=int, default=2, metavar="N", help="memory of each task (default %(default)s)")
+    add("--slurm-memory-gb", type=int, default=4, metavar="N", help="memory of each task (default %(default)s)")
     add("--slurm-qos", default="", metavar="NAME", help="quality of service")
     add("--slurm-args", nargs="+", default=[], metavar="NAME=VALUE", help="further flags of sbatch: account=lab")
     args = parser.parse_tool_args(argv)

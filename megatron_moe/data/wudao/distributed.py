@@ -34,14 +34,14 @@ class SlurmOptions:
     Attributes:
         partition: of the cluster.
         time: limit of each array job.
-        memory_gb: of each task.
+        memory_gb: of each task; matching a band of 59 million documents needs 3.3.
         qos: quality of service; none by default.
         arguments: further flags of sbatch.
     """
 
     partition: str
     time: str = "24:00:00"
-    memory_gb: int = 2
+    memory_gb: int = 4
     qos: str = ""
     arguments: Mapping[str, str] = field(default_factory=dict)
 
