@@ -1,7 +1,7 @@
 """Train a GPT with experts.
 
-    python -m megatron_moe.pretrain --recipe tiny-cpu --data-path data/sample --tokenizer-model data/bpe.model \\
-        --save runs/tiny
+    python -m megatron_moe.pretrain --recipe tiny-cpu --data-path data/train \\
+        --tokenizer-model data/tokenizer/tokenizer.model --save runs/tiny
     torchrun --nproc-per-node 4 -m megatron_moe.pretrain --recipe tiny-cpu --tensor-model-parallel-size 2 ...
 
 One process needs no torchrun. `--dry-run` prints the model and its memory, then stops. On SIGTERM and SIGINT it saves

@@ -1,7 +1,7 @@
 """Turn documents into the token files that training reads.
 
     python tools/preprocess_data.py --input data/train.jsonl --output-prefix data/train \\
-        --tokenizer-model data/tokenizer.model --workers 2
+        --tokenizer-model data/tokenizer/tokenizer.model --workers 2
 
 writes data/train.bin and data/train.idx, to be given to training as --data-path data/train (or --train-data-path),
 and data/train.report.json. Inputs are JSON Lines, Parquet, or plain text with a document a line; the first and last
@@ -12,8 +12,9 @@ it stands: unlike Megatron-LM's script, this one adds no "_text_document" to it.
 A run that was stopped leaves its finished parts in data/train.parts; the same command goes on from there. What is
 written is the same for any number of workers. Other commands:
 
-    python tools/preprocess_data.py verify  data/train --input data/train.jsonl --tokenizer-model data/tokenizer.model
-    python tools/preprocess_data.py inspect data/train --tokenizer-model data/tokenizer.model --document 17
+    MODEL=data/tokenizer/tokenizer.model
+    python tools/preprocess_data.py verify  data/train --input data/train.jsonl --tokenizer-model $MODEL
+    python tools/preprocess_data.py inspect data/train --tokenizer-model $MODEL --document 17
     python tools/preprocess_data.py stats   data/train --seq-length 2048
     python tools/preprocess_data.py merge   data/part1 data/part2 --output-prefix data/all
 """

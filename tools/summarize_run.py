@@ -1,7 +1,7 @@
 """One screen about a run: how far the loss fell, against what a model without context would reach, and where all lies.
 
     python tools/summarize_run.py --run runs/tiny --train-prefix data/train --heldout-prefix data/heldout \\
-        --tokenizer-model data/bpe.model
+        --tokenizer-model data/tokenizer/tokenizer.model
 
 The bar is the unigram entropy of the held-out text: no model that ignores context can have a lower loss on it. With
 --require-margin NATS the command fails unless the last evaluation lies that far below it. Beside it stands what the

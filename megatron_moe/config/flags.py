@@ -58,7 +58,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[RunC
         ConfigError: a flag, a value, a file or a combination is wrong.
     """
     sections = run_sections(RunConfig)
-    example = f"{prog} --recipe tiny-cpu --data-path data/sample --tokenizer-model data/bpe.model --save runs/tiny"
+    model = "data/tokenizer/tokenizer.model"
+    example = f"{prog} --recipe tiny-cpu --data-path data/train --tokenizer-model {model} --save runs/tiny"
     everything = {"start": StartingPoint, "launch": LaunchOptions, **sections}
     given = _parse(argv, everything, prog, description, example)
     start = StartingPoint(**given["start"])
