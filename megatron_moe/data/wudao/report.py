@@ -4,14 +4,12 @@ Nothing in either depends on how many workers there were or when they ran; that 
 """
 
 import dataclasses
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe import __version__
-from megatron_moe.data.dedup import Decontaminator
 from megatron_moe.data.dedup import Decontaminator
 from megatron_moe.data.files import atomic_file, atomic_write
 from megatron_moe.data.wudao.clean import DECONTAMINATION, quarantine_file
@@ -64,9 +62,6 @@ def write_report(job: Job) -> JsonObject:
         # How much of each file was compared, and how many of its texts are too short to be.
         sets = Decontaminator(job.recipe.decontamination).files
         report["evaluation_sets"] = [dataclasses.asdict(file) for file in sets]
-    if job.recipe.decontamination.files:
-        sets = Decontaminator(job.recipe.decontamination).files
-        report["decontamination"] = [dataclasses.asdict(file) for file in sets]
     if job.stage_tasks("decide"):
         report["dedup"] = _dedup(job, samples)
     timings = _timings(job)

@@ -15,9 +15,9 @@ def render_page(report: dict[str, Any]) -> str:
     page = Page("Cleaned corpus", f"Recipe {recipe['name']}, duplicates: {recipe['dedup']}, by {report['tool']}.")
     _totals(page, report)
     _rules(page, report["rules"])
-    if "decontamination" in report:
+    if "evaluation_sets" in report:
         page.section("Evaluation sets", "Documents that hold text of these were dropped; runs are what is looked for.")
-        rows = [(entry["name"], entry["texts"], entry["runs"], entry["short"]) for entry in report["decontamination"]]
+        rows = [(entry["name"], entry["texts"], entry["runs"], entry["short"]) for entry in report["evaluation_sets"]]
         page.table(("file", "texts", "runs", "texts shorter than a run"), rows)
     if "dedup" in report:
         _dedup(page, report["dedup"])

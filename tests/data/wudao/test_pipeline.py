@@ -175,7 +175,7 @@ def test_evaluation_text_is_left_out(corpus: Path, recipe: Path, tmp_path: Path)
     rule = report["rules"][-1]
     assert (rule["rule"], rule["dropped"], rule["reasons"]) == ("decontamination", 1, {"eval.jsonl": 1})
     assert 900 not in [record["id"] for record in written(job)]
-    assert [(entry["name"], entry["texts"]) for entry in report["decontamination"]] == [("eval.jsonl", 1)]
+    assert [(entry["name"], entry["texts"]) for entry in report["evaluation_sets"]] == [("eval.jsonl", 1)]
 
 
 def _plain(path: Path, tmp_path: Path) -> Path:
