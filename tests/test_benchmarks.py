@@ -62,3 +62,27 @@ def test_tokenizer_prints_both_sides_and_that_their_ids_agree(tmp_path: Path) ->
         assert "x the text" in line
     assert ratio.startswith("ours / bare:")
     assert ids == "ids of the export and of SentencePiece: 0 of 500 lines differ"
+
+
+@pytest.mark.slow
+def test_preprocess_prints_all_sides_and_that_their_files_agree(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", documents(500))
+    command = [
+        sys.executable,
+        "benchmarks/preprocess.py",
+        "--input",
+        str(corpus),
+        "--vocab-size",
+        "860",
+        "--rounds",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows, peer, bare, same = done.stdout.splitlines()
+    assert head.startswith("corpus.jsonl: 0.")
+    assert [row.split()[0] for row in rows] == ["ours", "peer", "bare"]
+    assert peer.startswith("ours / peer: ")
+    assert bare.startswith("ours / bare: ")
+    # The same work on both sides, or the ratio means nothing.
+    assert same == "same .bin and .idx as the peer: yes"

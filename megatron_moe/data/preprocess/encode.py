@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +38,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, job: Preprocessing)
     sequence.
     """
     sentences = [split_sentences(text) for text in texts] if job.split_sentences else [[text] for text in texts]
-    ids, lengths = tokenizer.encode_batch([sentence for document in sentences for sentence in document])
+    ids, lengths = tokenizer.encode_batch(list(chain.from_iterable(sentences)))
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         raise UserError(f"the tokenizer gave id {int(ids.max())}, but has only {tokenizer.vocab_size}")
     counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
@@ -55,20 +56,22 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, job: Preprocessing)
         lengths[np.cumsum(sequences) - 1] += 1
         ids = _with_ends(ids, lengths, sequences, tokenizer.eod)
     cut = np.maximum(before - room, 0) if room is not None else np.zeros_like(before)
-    texts_written = [text for text, is_written in zip(texts, written, strict=True) if is_written]
+    if not written.all():
+        texts = [text for text, is_written in zip(texts, written, strict=True) if is_written]
+    text = "".join(texts)
     return Encoded(
         tokens=ids.astype(token_dtype(tokenizer.vocab_size)),
         lengths=lengths,
         documents=sequences,
         totals=Totals(
             documents=len(sequences),
-            empty=len(texts) - len(sequences),
+            empty=len(written) - len(sequences),
             sequences=len(lengths),
             tokens=len(ids),
             cut_documents=int((cut > 0).sum()),
             cut_tokens=int(cut.sum()),
-            characters=sum(map(len, texts_written)),
-            text_bytes=sum(len(text.encode("utf-8")) for text in texts_written),
+            characters=len(text),
+            text_bytes=len(text.encode("utf-8")),
         ),
     )
 

@@ -122,18 +122,22 @@ class InputReader:
             self._open.done_to = task.stop
 
     def _parse(self, lines: list[bytes], path: Path, number: Callable[[int], int]) -> list[list[str]]:
+        faultless = _fast_columns(lines, self._keys)
+        if faultless is not None:
+            return faultless
         columns: list[list[str]] = [[] for _ in self._keys]
         for place, line in enumerate(lines):
-            texts = _fast_texts(line, self._keys)
-            if texts is None:
-                texts = [parse_document(line, key, path, number(place)) for key in self._keys]
-            for column, text in zip(columns, texts, strict=True):
-                column.append(text)
+            one = _fast_columns([line], self._keys)
+            for key, column in enumerate(columns):
+                column.append(one[key][0] if one else parse_document(line, self._keys[key], path, number(place)))
         return columns
 
     def _check_sizes(self, texts: list[str], batch: Batch) -> None:
+        # A character has at most four bytes.
+        if max(map(len, texts), default=0) * 4 <= self._max_document_bytes:
+            return
         for place, text in enumerate(texts):
-            if len(text) * 4 > self._max_document_bytes and len(text.encode()) > self._max_document_bytes:
+            if len(text.encode()) > self._max_document_bytes:
                 raise UserError(
                     f"{batch.name(place)}: a text of {len(text.encode()):,} bytes, over --max-document-bytes "
                     f"{self._max_document_bytes:,}; divide it, or raise the limit (and with it the memory needed)"
@@ -156,14 +160,14 @@ class InputReader:
         return reader
 
 
-def _fast_texts(line: bytes, keys: Sequence[str]) -> list[str] | None:
-    """The texts of a faultless record; orjson refuses all that is not Unicode."""
+def _fast_columns(lines: Sequence[bytes], keys: Sequence[str]) -> list[list[str]] | None:
+    """The texts of faultless records, else None; orjson refuses all that is not Unicode."""
     try:
-        record = _fast_loads(line)
-        texts = [record[key] for key in keys]
+        records = [_fast_loads(line) for line in lines]
+        columns = [[record[key] for record in records] for key in keys]
     except (ValueError, KeyError, TypeError):
         return None
-    return texts if all(type(text) is str for text in texts) else None
+    return columns if all(set(map(type, column)) <= {str} for column in columns) else None
 
 
 def _plain(line: bytes, path: Path, number: Callable[[int], int], place: int) -> str:
