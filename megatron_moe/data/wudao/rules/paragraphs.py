@@ -11,7 +11,14 @@ from megatron_moe.data.wudao.rules.base import Cleaner
 
 _HAN = f"[{characters.HAN_CLASS}]"
 _OTHER = f"[^{characters.HAN_CLASS}]"
-_ENDS = frozenset("。！？!?…．.；;：:，,、”’」』）)》〉】\"'］]")
+_OTHER_IN_LINE = f"[^{characters.HAN_CLASS}\n]"
+_END_MARKS = "。！？!?…．.；;：:，,、”’」』）)》〉】\"'］]"
+_ENDS = frozenset(_END_MARKS)
+# From a line end: the line before has no mark at its end; the line after has no Han.
+_NO_MARK = f"(?<=[^{re.escape(_END_MARKS)}\n]\n)"
+_NO_HAN = f"{_OTHER_IN_LINE}*+(?:\n|\\Z)"
+_NO_HAN_FOLLOWS = re.compile(f"\n{_NO_HAN}")
+_UNSURE = re.compile(f"\n(?:{_NO_MARK}|{_NO_HAN})")
 _ORDINAL = "〇零一二三四五六七八九十百千"
 _HEADING = re.compile(
     f"第[{_ORDINAL}0-9０-９]+[章节節条條款卷编編部篇回幕场讲課课集则]|[{_ORDINAL}]+(?:[、，.．]|$)"
@@ -25,6 +32,14 @@ _BLANK = re.compile("\n{3,}")
 def _at_least(count: int) -> Callable[[str], object]:
     """Whether a line has so many Han characters."""
     return re.compile(f"(?:{_OTHER}*+{_HAN}){{{count}}}").match
+
+
+def _unsure(text: str) -> bool:
+    """Whether a line below the first may be no sentence, of a text with a mark at its end: a quick look."""
+    first_end = text.find("\n")
+    if first_end < 0:
+        return False
+    return bool(_NO_HAN_FOLLOWS.match(text, first_end) or _UNSURE.search(text, first_end + 1))
 
 
 @dataclass(frozen=True)
@@ -57,9 +72,10 @@ class ShortParagraphs(Cleaner):
 
     def clean(self, text: str) -> str:
         """Drop them; blank lines stay where a paragraph stays after them."""
+        if self.sentences and self.first and text[-1:] in _ENDS and not _unsure(text):
+            return text
         enough = _at_least(self.least_han)
         lines = text.split("\n")
-        # The end of a line is looked at first, which costs least.
         sentences = self.sentences
         kept = [
             line

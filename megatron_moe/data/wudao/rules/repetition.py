@@ -97,7 +97,7 @@ def _ngrams(codes: npt.NDArray[np.uint32], n: int) -> npt.NDArray[np.uint32]:
 
 @dataclass(frozen=True)
 class RepeatedLines(Filter):
-    """Drops documents with many lines that stood there before."""
+    """Drops documents with many lines that stood there before, to the letter: `whitespace` comes first."""
 
     most_lines: float = 0.3
     """Drop documents in which a greater share of the lines is a copy of an earlier one."""
@@ -114,8 +114,6 @@ class RepeatedLines(Filter):
     def reason(self, view: View) -> str | None:
         """Compare both shares."""
         lines = view.text.split("\n")
-        if view.bits & characters.SPACE:
-            lines = [line.strip() for line in lines]
         if len(lines) < 2 or len(set(lines)) == len(lines):
             return None
         seen: set[str] = set()

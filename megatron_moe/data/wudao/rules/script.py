@@ -20,6 +20,20 @@ def converter() -> Any:
     return require_package("opencc", "--recipe").OpenCC("t2s")
 
 
+@functools.cache
+def _only_traditional() -> re.Pattern[str]:
+    return re.compile(f"[{''.join(sorted(characters.traditional_characters()))}]")
+
+
+def _converted(text: str) -> str:
+    """The text converted until nothing changes: 吳祕 is a phrase of OpenCC's, 吴祕 first and then 吴秘."""
+    convert, left = converter().convert, _only_traditional().search
+    converted: str = convert(text)
+    while left(converted) and (again := convert(converted)) != converted:
+        converted = again
+    return converted
+
+
 @dataclass(frozen=True)
 class Simplified(Cleaner):
     """Writes traditional text in simplified characters, word by word (乾隆 and 乾燥 differ), with OpenCC's t2s.
@@ -59,9 +73,8 @@ class Simplified(Cleaner):
             return view.text
         if view.bits & characters.STRAY and _SURROGATE.search(view.text):
             pieces = _SURROGATE.split(view.text)
-            return "".join(piece if _SURROGATE.match(piece) else converter().convert(piece) for piece in pieces)
-        converted: str = converter().convert(view.text)
-        return converted
+            return "".join(piece if _SURROGATE.match(piece) else _converted(piece) for piece in pieces)
+        return _converted(view.text)
 
     def _traditional(self, view: View) -> bool:
         if not view.bits & characters.TRADITIONAL:

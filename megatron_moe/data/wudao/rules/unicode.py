@@ -115,7 +115,10 @@ _RADICAL = re.compile("[\u2e80-\u2fdf]")
 _RADICALS = str.maketrans(
     "⺠⻁⻄⻅⻆⻉⻋⻓⻔⻘⻙⻚⻛⻜⻝⻢⻣⻤⻥⻦⻧⻨⻩⻬⻮⻰", "民虎西见角贝车长门青韦页风飞食马骨鬼鱼鸟卤麦黄齐齿龙"
 )
-_VERTICAL = re.compile("[\ufe10-\ufe19\ufe30-\ufe4f\uff61-\uff65]")
+_HALF_WIDTH = re.compile("[\uff61-\uff65]")
+# Beside Han only: faces are drawn with these too, as in o(︶︿︶)o.
+_HAN = f"[{characters.HAN_CLASS}]"
+_VERTICAL = re.compile(f"[\ufe10-\ufe19\ufe30-\ufe4f](?:(?<={_HAN}.)|(?={_HAN}))")
 # Vertical forms as horizontal writing has them; Unicode maps some of them to ASCII, which is wrong for Chinese.
 _HORIZONTAL = str.maketrans(
     "︐︑︒︓︔︕︖︗︘︙︱︳︴︵︶︷︸︹︺︻︼︽︾︿﹀﹁﹂﹃﹄﹇﹈｡｢｣､･",
@@ -128,10 +131,14 @@ _WIDE_LETTERS = {
 }
 
 
+def _horizontal(match: re.Match[str]) -> str:
+    return match.group().translate(_HORIZONTAL)
+
+
 @dataclass(frozen=True)
 class Forms(Cleaner):
-    """Gives each character its usual form: canonical composition (NFC), radicals of PDF files as Han, vertical and
-    half-width punctuation as Chinese punctuation, no-break and typographic spaces as plain ones.
+    """Gives each character its usual form: canonical composition (NFC), radicals of PDF files as Han, vertical (beside
+    Han) and half-width punctuation as Chinese punctuation, no-break and typographic spaces as plain ones.
 
     Not NFKC, which turns ，：（）！？ into ASCII, ① into 1 and ㎡ into m2.
     """
@@ -158,8 +165,8 @@ class Forms(Cleaner):
         text = _ODD_SPACE.sub(" ", text)
         if _RADICAL.search(text):
             text = _RADICAL.sub(lambda match: unicodedata.normalize("NFKC", match.group()), text).translate(_RADICALS)
-        if _VERTICAL.search(text):
-            text = text.translate(_HORIZONTAL)
+        text = _HALF_WIDTH.sub(_horizontal, text)
+        text = _VERTICAL.sub(_horizontal, text)
         if self.wide_letters:
             text = text.translate(_WIDE_LETTERS)
         return unicodedata.normalize("NFC", text)

@@ -14,6 +14,7 @@ from megatron_moe.data.wudao.rules.script import Simplified, converter
         ("乾燥的頭髮和皇后，乾隆的著作", "干燥的头发和皇后，乾隆的著作"),
         ("後來他們去了", "后来他们去了"),
         ("\ud800國", "\ud800国"),
+        ("復吳祕正五詩", "复吴秘正五诗"),
     ],
 )
 def test_traditional_text_is_written_in_simplified_characters(traditional: str, simplified: str) -> None:

@@ -86,7 +86,7 @@ def test_repetition_sees_through_case_and_space() -> None:
 def test_repeated_lines() -> None:
     rule = RepeatedLines()
     assert _reason(rule, "甲\n乙\n丙\n丁") is None
-    assert _reason(rule, "一样的行\n一样的行 \n不同") == "0.33 of the lines are copies, more than 0.3"
+    assert _reason(rule, "一样的行\n一样的行\n\n不同") == "0.33 of the lines are copies, more than 0.3"
     long = "这一行非常长，" * 10
     assert _reason(rule, "\n".join([long, "甲", "乙", "丙", "丁", long])) == (
         "0.49 of the characters are in copied lines, more than 0.2"

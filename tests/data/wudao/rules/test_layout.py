@@ -1,6 +1,11 @@
 """White space, punctuation, paragraphs, the last sentence."""
 
+import re
+import unicodedata
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.data.wudao.rules.paragraphs import ShortParagraphs
@@ -121,6 +126,46 @@ def test_short_paragraphs_to_the_letter() -> None:
     assert rule.clean(f"标题\n第三条\n{LONG}\n\n“好。”\n\n{LONG}\nEnglish words only here") == f"{LONG}\n\n{LONG}"
     assert rule.clean("九个汉字的一行没有\n十个汉字的一行是有的") == "十个汉字的一行是有的"
     assert ShortParagraphs(least_han=0).clean("短\n") == "短\n"
+
+
+def _naive(text: str) -> str:
+    """The default options of `short_paragraphs`, line by line."""
+    kept = []
+    for number, line in enumerate(text.split("\n")):
+        han = sum(unicodedata.name(character, "").startswith("CJK UNIFIED") for character in line)
+        sentence = line[-1:] in set("。！？!?…．.；;：:，,、”’」』）)》〉】\"'］]") and han > 0
+        heading = re.match("第三条|一、", line) is not None
+        code = line.startswith((" ", "\t")) or (han == 0 and len(line.replace(" ", "")) >= 20)
+        if not line or number == 0 or han >= 10 or sentence or heading or code:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+_LINES = [
+    "",
+    "短",
+    "好。",
+    "...",
+    "。",
+    "第三条",
+    "一、",
+    "  a",
+    "\tb",
+    "abc",
+    "十个汉字的一行是有的呀",
+    "an English line of words",
+    "“好”",
+    "x。好",
+]
+
+
+@given(st.lists(st.sampled_from(_LINES), min_size=1, max_size=7).map("\n".join))
+@settings(max_examples=500)
+def test_short_paragraphs_line_by_line(text: str) -> None:
+    expected = _naive(text)
+    if expected != text:
+        expected = re.sub("\n{3,}", "\n\n", expected).strip("\n")
+    assert ShortParagraphs().clean(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_private_characters_stay_on_request() -> None:
     [
         ("e\u0301", "é"),
         ("⼀⼆⽂⻓", "一二文长"),
-        ("︵你︶﹁好﹂︐", "（你）「好」，"),
+        ("︵你︶﹁好﹂", "（你）「好」"),
         ("｢你好｣｡", "「你好」。"),
         ("\uf900\U0002f800", "豈丽"),
         ("a\xa0b\u2003c", "a b c"),
@@ -77,7 +77,9 @@ def test_forms(dirty: str, clean: str) -> None:
     assert Forms().clean(dirty) == clean
 
 
-@pytest.mark.parametrize("text", ["，：；（）！？", "①㈠㎡℃％", "１２３ＡＢＣ", "〇㐂𠮷𬭎", "ｶﾅ", "“”‘’…—", "葛󠄀"])
+@pytest.mark.parametrize(
+    "text", ["，：；（）！？", "①㈠㎡℃％", "１２３ＡＢＣ", "〇㐂𠮷𬭎", "ｶﾅ", "“”‘’…—", "葛󠄀", "o(︶︿︶)o", "(︶^︶)"]
+)
 def test_chinese_forms_stay(text: str) -> None:
     assert Forms().clean(text) == text
 
