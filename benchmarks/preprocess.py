@@ -158,14 +158,19 @@ def main_side(flags: argparse.Namespace) -> None:
     else:
         with flags.input.open("rb") as file:
             _texts.extend(json.loads(line)["text"] for line in file)
-    wall, cpu = time.monotonic(), _cpu_seconds()
+    wall, main_process, children = time.monotonic(), *_cpu_seconds()
     sides[flags.side](flags)
-    print(json.dumps({"wall": time.monotonic() - wall, "cpu": _cpu_seconds() - cpu}))
+    wall = time.monotonic() - wall
+    main_process, children = (
+        now - before for now, before in zip(_cpu_seconds(), (main_process, children), strict=True)
+    )
+    print(json.dumps({"wall": wall, "cpu": main_process + children, "main": main_process}))
 
 
-def _cpu_seconds() -> float:
+def _cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of the children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return usages[0].ru_utime + usages[0].ru_stime, usages[1].ru_utime + usages[1].ru_stime
 
 
 def _measure(side: str, flags: argparse.Namespace, output: Path) -> dict[str, float]:
@@ -215,6 +220,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for other, name in (("peer", "ours / peer"), ("bare", "ours / bare")):
         by_wall, by_cpu = (_best(rounds[other], unit) / _best(rounds["ours"], unit) for unit in ("wall", "cpu"))
         print(f"{name}: {by_wall:.2f} by the clock, {by_cpu:.2f} by CPU seconds")
+    serial = {side: megabytes / max(1e-3, _best(rounds[side], "main")) for side in ("ours", "peer")}
+    print(
+        "work of the main process, which more workers do not divide: at most "
+        f"{serial['ours']:.0f} MB/s for ours, {serial['peer']:.0f} MB/s for the peer"
+    )
     print(f"same .bin and .idx as the peer: {'yes' if same else 'NO'}")
 
 

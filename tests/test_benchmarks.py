@@ -79,10 +79,11 @@ def test_preprocess_prints_all_sides_and_that_their_files_agree(tmp_path: Path) 
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    head, _, *rows, peer, bare, same = done.stdout.splitlines()
+    head, _, *rows, peer, bare, serial, same = done.stdout.splitlines()
     assert head.startswith("corpus.jsonl: 0.")
     assert [row.split()[0] for row in rows] == ["ours", "peer", "bare"]
     assert peer.startswith("ours / peer: ")
     assert bare.startswith("ours / bare: ")
+    assert serial.startswith("work of the main process")
     # The same work on both sides, or the ratio means nothing.
     assert same == "same .bin and .idx as the peer: yes"
