@@ -38,6 +38,8 @@ MARK = 1 << 11
 AT = 1 << 12
 KANA = 1 << 13
 """Japanese syllables and Korean letters."""
+TIGHT = 1 << 14
+"""Chinese punctuation that carries its own space, so that a space beside it says nothing."""
 NUMBER = 1 << 16
 """Five digits in a row, or groups with a separator, as of a telephone or a card; seen in the text, not the table."""
 ALWAYS = 1 << 17
@@ -47,6 +49,8 @@ HAN_CLASS = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 """The Han characters as the inside of a regular expression's brackets: URO, Extensions A to H, compatibility forms."""
 CJK_PUNCTUATION_CLASS = "\u3001-\u3003\u3008-\u3011\u3014-\u301f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 """Punctuation of Chinese typesetting, without the quotes, dashes and dots that other scripts use too."""
+CLOSING_MARKS = "，。！？；：、）》」』】〉"
+OPENING_MARKS = "（《「『【〈"
 MARKS = "！？!?。，、；：…—～~"
 
 _HAN_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
@@ -115,6 +119,8 @@ def kinds_table() -> npt.NDArray[np.uint16]:
         table[ord(character)] |= AT
     for character in MARKS + ".":
         table[ord(character)] |= MARK
+    for character in CLOSING_MARKS + OPENING_MARKS:
+        table[ord(character)] |= TIGHT
     for classes in (INVISIBLE, LINE_ENDS, PRIVATE, BROKEN, CONTROLS):
         for first, last in class_ranges(classes):
             table[first : last + 1] |= STRAY

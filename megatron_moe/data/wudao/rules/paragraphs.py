@@ -76,15 +76,7 @@ class ShortParagraphs(Cleaner):
             return text
         enough = _at_least(self.least_han)
         lines = text.split("\n")
-        sentences = self.sentences
-        kept = [
-            line
-            for line in lines
-            if not line
-            or (sentences and line[-1] in _ENDS and _HAN_SEARCH(line))
-            or enough(line)
-            or self._excused(line)
-        ]
+        kept = [line for line in lines if not line or self._stays(line, enough)]
         if len(kept) == len(lines):
             return text
         if self.first and lines[0] and (not kept or kept[0] is not lines[0]):
@@ -93,9 +85,17 @@ class ShortParagraphs(Cleaner):
                 return text
         return _BLANK.sub("\n\n", "\n".join(kept)).strip("\n")
 
-    def _excused(self, line: str) -> bool:
-        if self.headings and _HEADING.match(line) and _HAN_SEARCH(line):
+    def _stays(self, line: str, enough: Callable[[str], object]) -> bool:
+        if not line.isascii():
+            # The end of a line is looked at first, which costs least.
+            if self.sentences and line[-1] in _ENDS and _HAN_SEARCH(line):
+                return True
+            if enough(line) or (self.headings and _HEADING.match(line) and _HAN_SEARCH(line)):
+                return True
+        elif self.least_han == 0:
             return True
         if not self.foreign:
             return False
-        return line[0] in " \t" or (not _HAN_SEARCH(line) and len(line) - line.count(" ") >= self.foreign)
+        if line[0] in " \t":
+            return True
+        return len(line) - line.count(" ") >= self.foreign and (line.isascii() or not _HAN_SEARCH(line))

@@ -79,11 +79,8 @@ class Simplified(Cleaner):
     def _traditional(self, view: View) -> bool:
         if not view.bits & characters.TRADITIONAL:
             return False
-        # One character is enough for a short text (converting one without any does nothing), and most texts are Han
-        # for the greater part: count late.
-        if len(view.text) * self.share < 1.0:
-            return True
         only_traditional = view.count(characters.TRADITIONAL)
+        # Most texts are Han for the greater part: these are counted late.
         return only_traditional > self.share * len(view.text) or only_traditional > self.share * view.han
 
     def next_view(self, text: str, view: View) -> View:

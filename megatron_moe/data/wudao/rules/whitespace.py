@@ -15,8 +15,8 @@ _LINE_TAIL = re.compile("[ \t\u3000]+(?=\n)")
 # An ideographic space is always typography; ASCII indentation only before Chinese, for code needs its own.
 _INDENT = re.compile(f"\n(?:[ \t]*\u3000[ \t\u3000]*|[ \t]+(?=[“‘—…{_CHINESE[1:]}))")
 _RUN = re.compile(f"[ \t\u3000](?:(?<={_CHINESE}[ \t\u3000])[ \t\u3000]+|[ \t\u3000]+(?={_CHINESE}))")
-_BEFORE_MARK = re.compile("[ \u3000]+(?=[，。！？；：、）》」』】〉])")
-_AFTER_MARK = re.compile("[ \u3000](?<=[，。！？；：、（《「『【〈][ \u3000])[ \u3000]*")
+_BEFORE_MARK = re.compile(f"[ \u3000]+(?=[{characters.CLOSING_MARKS}])")
+_AFTER_MARK = re.compile(f"[ \u3000](?<=[，。！？；：、{characters.OPENING_MARKS}][ \u3000])[ \u3000]*")
 _BLANK_LINES = re.compile("\n{3,}")
 
 
@@ -38,15 +38,13 @@ class Whitespace(Cleaner):
 
     def clean(self, text: str) -> str:
         """Normalise it."""
-        return self.clean_view(View(text, characters.SPACE))
+        return self.clean_view(View(text))
 
     def clean_view(self, view: View) -> str:
         """Normalise it."""
         text = view.text
-        if view.bits & characters.SPACE:
-            text = _INDENT.sub("\n", _LINE_TAIL.sub("", f"\n{text}\n"))
-            text = _RUN.sub(lambda match: match.group()[0], text)
-            text = _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
+        if text and view.bits & characters.SPACE and _meets_work(view):
+            text = _tidied(text)
         if "\n\n\n" in text:
             text = _BLANK_LINES.sub("\n\n", text)
         return text.strip("\n")
@@ -54,6 +52,28 @@ class Whitespace(Cleaner):
     def next_view(self, text: str, view: View) -> View:
         """The Han characters are those that there were."""
         return View(text, view.bits, None, view.han)
+
+
+def _meets_work(view: View) -> bool:
+    """Whether a space stands where one may go: at the edge of a line, beside a mark or beside another space.
+
+    English and code are full of other spaces, at each of which the patterns would begin.
+    """
+    kinds = view.kinds
+    if kinds[0] & characters.SPACE or kinds[-1] & characters.SPACE:
+        return True
+    here, there = kinds[:-1], kinds[1:]
+    near = characters.SPACE | characters.NEWLINE | characters.TIGHT
+    return bool(
+        ((here & characters.SPACE) * (there & near)).any() or ((here & near) * (there & characters.SPACE)).any()
+    )
+
+
+def _tidied(text: str) -> str:
+    """Without space at line ends, before Chinese, around marks, and without runs of it."""
+    text = _INDENT.sub("\n", _LINE_TAIL.sub("", f"\n{text}\n"))
+    text = _RUN.sub(lambda match: match.group()[0], text)
+    return _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
 
 
 @dataclass(frozen=True)
@@ -75,8 +95,16 @@ class SpelledOut(Cleaner):
 
     def clean(self, text: str) -> str:
         """Join them."""
-        spaces = text.count(" ") + text.count("\u3000")
-        if spaces < self.least - 1:
+        return self.clean_view(View(text))
+
+    def clean_view(self, view: View) -> str:
+        """Join them."""
+        text = view.text
+        if text.count(" ") + text.count("\u3000") < self.least - 1:
+            return text
+        space = view.kinds & characters.SPACE
+        # A Han character between two spaces: the table's bit 1 under the bit of space.
+        if not (space[:-2] & space[2:] & (view.kinds[1:-1] << 1)).any():
             return text
         pattern = f"(?<!{_CHINESE}){_HAN}(?:[ \u3000]+{_HAN}){{{self.least - 1},}}(?!{_HAN})"
         return re.sub(pattern, lambda match: match.group().replace(" ", "").replace("\u3000", ""), text)

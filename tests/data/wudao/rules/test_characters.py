@@ -48,7 +48,7 @@ def test_kinds(text: str, bit: int) -> None:
 
 def test_plain_chinese_is_of_few_kinds() -> None:
     assert View("今天的天气很好").bits == characters.HAN | characters.ALWAYS
-    assert View("今天，很好。").bits == characters.HAN | characters.MARK | characters.ALWAYS
+    assert View("今天，很好。").bits == characters.HAN | characters.MARK | characters.TIGHT | characters.ALWAYS
     assert View("1998年").bits == characters.HAN | characters.DIGIT | characters.ALWAYS
     assert View("").bits == View("¡").bits == characters.ALWAYS
 

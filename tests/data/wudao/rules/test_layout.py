@@ -11,7 +11,7 @@ from megatron_moe.config.base import ConfigError
 from megatron_moe.data.wudao.rules.paragraphs import ShortParagraphs
 from megatron_moe.data.wudao.rules.punctuation import Punctuation
 from megatron_moe.data.wudao.rules.sentences import LastSentence
-from megatron_moe.data.wudao.rules.whitespace import SpelledOut, Whitespace
+from megatron_moe.data.wudao.rules.whitespace import SpelledOut, Whitespace, _tidied
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,22 @@ def test_space_without_meaning_goes(dirty: str, clean: str) -> None:
 )
 def test_space_with_a_meaning_stays(text: str) -> None:
     assert Whitespace().clean(text) == text
+
+
+@given(st.text("甲a，。（）“ 　\t\n", max_size=12))
+@settings(max_examples=1000)
+def test_the_quick_look_for_spaces_misses_none(text: str) -> None:
+    assert Whitespace().clean(text) == re.sub("\n{3,}", "\n\n", _tidied(text)).strip("\n")
+
+
+@given(st.text("甲乙a ，　 \n", max_size=30))
+@settings(max_examples=500)
+def test_spelled_out_words_by_definition(text: str) -> None:
+    def joined(match: re.Match[str]) -> str:
+        return "".join(character for character in match.group() if character in "甲乙")
+
+    # Characters beside Han or full-width punctuation are not written apart.
+    assert SpelledOut(least=3).clean(text) == re.sub("(?<![甲乙，])[甲乙](?:[ 　]+[甲乙]){2,}(?![甲乙])", joined, text)
 
 
 def test_spelled_out_words_are_joined() -> None:
