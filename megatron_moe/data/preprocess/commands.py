@@ -209,7 +209,7 @@ def _add_job(parser: ToolParser) -> None:
         type=int,
         default=MAX_DOCUMENT_BYTES,
         metavar="N",
-        help="refuse longer texts: a worker needs about 20 bytes of memory a byte of one (default %(default)s)",
+        help="refuse longer texts: a worker needs up to 35 bytes of memory a byte of one (default %(default)s)",
     )
 
 

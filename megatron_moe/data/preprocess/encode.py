@@ -11,7 +11,10 @@ from megatron_moe.config.base import UserError
 from megatron_moe.data.indexed import token_dtype
 from megatron_moe.data.preprocess.job import Preprocessing, Totals
 from megatron_moe.data.preprocess.sentences import split_sentences
-from megatron_moe.data.tokenizer.load import Tokenizer
+from megatron_moe.data.tokenizer.kinds.protocol import IdBatch, Tokenizer
+
+# Texts given to a tokenizer at a time; each becomes an object of its own on the way.
+_TEXTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, job: Preprocessing)
     sequence.
     """
     sentences = [split_sentences(text) for text in texts] if job.split_sentences else [[text] for text in texts]
-    ids, lengths = tokenizer.encode_batch(list(chain.from_iterable(sentences)))
+    ids, lengths = _encode(list(chain.from_iterable(sentences)), tokenizer)
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         raise UserError(f"the tokenizer gave id {int(ids.max())}, but has only {tokenizer.vocab_size}")
     counts = np.fromiter(map(len, sentences), np.int64, len(sentences))
@@ -74,6 +77,15 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, job: Preprocessing)
             text_bytes=len(text.encode("utf-8")),
         ),
     )
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> IdBatch:
+    """`encode_batch` of some texts at a time: a long document may have a million sentences."""
+    if len(texts) <= _TEXTS:
+        return tokenizer.encode_batch(texts)
+    batches = [tokenizer.encode_batch(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
+    ids, lengths = zip(*batches, strict=True)
+    return np.concatenate(ids), np.concatenate(lengths)
 
 
 def _tokens_of_documents(lengths: npt.NDArray[np.int32], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

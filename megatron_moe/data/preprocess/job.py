@@ -11,8 +11,9 @@ from megatron_moe.config.base import ConfigError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.tokenizer.load import Tokenizer
 
-# Encoding takes about 20 bytes of memory a byte of text: two workers stay below 1 GB.
-MAX_DOCUMENT_BYTES = 16 << 20
+# SentencePiece and its input need up to 35 bytes of memory a byte of text: two workers stay below 1 GB. A Hugging Face
+# tokenizer needs several times that.
+MAX_DOCUMENT_BYTES = 8 << 20
 # Raised when the same options begin to give other token files, so that parts of an older version are not mixed in.
 _VERSION = 1
 

@@ -11,7 +11,6 @@ when parts are put together, see that. The folder goes when the result stands.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.base import UserError, disk_error
-from megatron_moe.data.files import atomic_write
+from megatron_moe.data.files import atomic_write, locked_file
 from megatron_moe.data.preprocess.job import Totals, fingerprint
 
 COLUMNS = ("bin", "lengths", "documents")
@@ -97,19 +96,8 @@ def open_workspace(prefix: Path, options: dict[str, Any], where: str) -> Iterato
         UserError: another run works there, an unfinished run of other options left it, or it cannot be written.
     """
     folder = Path(f"{prefix}.parts")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("wb")
-    except OSError as error:
-        raise disk_error(where, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing {prefix}; wait for it, or stop it") from error
-        except OSError:
-            # Some cluster file systems have no locks; there it is up to the user to start one run at a time.
-            pass
+    busy = f"{folder}: another run is writing {prefix}; wait for it, or stop it"
+    with locked_file(folder / _LOCK, busy, where):
         try:
             _check_job(folder, options, where)
             _remove_unfinished(folder)

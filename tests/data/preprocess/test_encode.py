@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.data.preprocess import encode
 from megatron_moe.data.preprocess.encode import encode_texts
 from megatron_moe.data.preprocess.job import Preprocessing
 from megatron_moe.data.preprocess.verify import expected_document
@@ -42,6 +43,16 @@ def test_a_batch_is_its_documents(texts: list[str], append_eod: bool, split: boo
     over = [len(TOKENIZER.encode(text)) + append_eod - (max_length or 99) for text in whole]
     assert (totals.cut_documents, totals.cut_tokens) == (sum(n > 0 for n in over), sum(max(n, 0) for n in over))
     assert (totals.characters, totals.text_bytes) == (len("".join(whole)), len("".join(whole).encode()))
+
+
+def test_many_sentences_are_given_to_the_tokenizer_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = dataclasses.replace(JOB, split_sentences=True)
+    whole = encode_texts(["a。b。c。", " ", "ab。" * 9], TOKENIZER, job)
+    monkeypatch.setattr(encode, "_TEXTS", 5)
+    parts = encode_texts(["a。b。c。", " ", "ab。" * 9], TOKENIZER, job)
+    assert all(
+        np.array_equal(getattr(whole, name), getattr(parts, name)) for name in ("tokens", "lengths", "documents")
+    )
 
 
 def test_a_document_by_hand() -> None:
