@@ -61,16 +61,16 @@ class RepeatedNgrams(Filter):
     def _may_repeat(self, text: str, count: int) -> bool:
         """False only if the share is not above `most`.
 
-        An n-gram covers a whole block of those that the text is cut into every (n + 1) / 2 characters; a later copy of
-        the n-gram holds a later copy of the block. Of r n-grams with copies at least r/2 have a later one, and a block
-        is the first in at most `size` of them, so more than `most` * count / (2 * size) blocks have a later copy:
-        looking at all but so many must meet one.
+        The text is cut into blocks of (n + 1) / 2 characters, so every n-gram holds the first block that begins in it,
+        and of an n-gram with copies the earliest holds a block with a later copy. If no block that begins before x has
+        one, no n-gram that begins before x, less a block, has a copy at all: looking at the first 1 - `most` of the
+        text is enough.
         """
         size = (self.ngram + 1) // 2
-        blocks = (count - 1) // size + 2
         find = text.find
-        for start in range(0, (blocks - int(self.most * count / (2 * size))) * size, size):
-            if find(text[start : start + size], start + 1) != -1:
+        for start in range(0, int((1.0 - self.most) * count) + 2 * size, size):
+            block = text[start : start + size]
+            if len(block) == size and find(block, start + 1) != -1:
                 return True
         return False
 

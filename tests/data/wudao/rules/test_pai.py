@@ -45,7 +45,7 @@ def test_any_text(text: str) -> None:
     assert Pai().clean(text) == naive(text)
 
 
-@given(st.text(st.sampled_from("http:/s .中;&'~#\n　"), max_size=60))
+@given(st.text(st.sampled_from("http:/s .中;&'~#!\n　"), max_size=60))
 @settings(max_examples=500, deadline=None)
 def test_text_of_links_and_spaces(text: str) -> None:
     assert Pai().clean(text) == naive(text)
@@ -77,6 +77,7 @@ def test_prose() -> None:
         ("《a》：“b”？", "《a》：“b”？"),
         ("什么?好", "什么好"),
         ("见http://a.com,然后", "见然后"),
+        ("见http://a.com!好然后", "见好然后"),
         ("甲  乙\t丙　丁", "甲 乙丙丁"),
         ("甲 ; 乙", "甲  乙"),
         ("ht;tp://a.b", "http//a.b"),

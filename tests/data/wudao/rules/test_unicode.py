@@ -29,7 +29,19 @@ def test_mojibake_of_every_chinese_line_comes_back() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["café 5°C ±3 §·", "“Ångström”…", "价格€5–€10…", "锛是工具", "璇璇说：“好。”", "ÀÉÎ", "鑿溫嶺", "婵娟。", "纔入園"],
+    [
+        "café 5°C ±3 §·",
+        "“Ångström”…",
+        "价格€5–€10…",
+        "锛是工具",
+        "璇璇说：“好。”",
+        "ÀÉÎ",
+        "鑿溫嶺",
+        "婵娟。",
+        "纔入園",
+        "楸婚氦",
+        "榫橀潗",
+    ],
 )
 def test_real_letters_are_no_mojibake(text: str) -> None:
     assert Mojibake().clean(text) == text
