@@ -4,6 +4,7 @@ No other module opens a compressed file or gives a finished file its name.
 """
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
@@ -47,7 +48,8 @@ def expand_inputs(paths: Sequence[Path], flag: str = "--input", allow_empty: boo
         allow_empty: take files without a byte too, for who reports them elsewhere.
 
     Raises:
-        UserError: a path is missing, a file is empty, a folder holds no data file, a file is named twice.
+        UserError: a path is missing, a file is empty, a folder holds no data file, a file is named twice, or Parquet is
+            compressed once more.
     """
     found: list[Path] = []
     for path in paths:
@@ -61,6 +63,11 @@ def expand_inputs(paths: Sequence[Path], flag: str = "--input", allow_empty: boo
             found.append(path)
         else:
             raise UserError(f"{flag} {path}: no such file or folder")
+    packed = next((path for path in found if base_suffix(path) == ".parquet" != path.suffix.lower()), None)
+    if packed is not None:
+        raise UserError(
+            f"{flag} {packed}: Parquet cannot be read out of {packed.suffix}; unpack it (it is packed inside)"
+        )
     seen: set[Path] = set()
     for path in found:
         if path.stat().st_size == 0 and not allow_empty:
@@ -189,6 +196,29 @@ def iterate_lines(stream: IO[bytes], path: Path) -> Iterator[bytes]:
         yield from stream
     except DAMAGED as error:
         raise UserError(f"{path}: cannot read it to the end: {error}") from error
+
+
+@contextmanager
+def locked_file(path: Path, busy: str, where: str) -> Iterator[None]:
+    """Hold a file (made here) for this process alone; the hold ends with the process, however it ends.
+
+    Raises:
+        UserError: `busy`, where another process holds it; or it cannot be made, in the place `where`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("wb")
+    except OSError as error:
+        raise disk_error(where, error) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(busy) from error
+        except OSError:
+            # Some cluster file systems have no locks; there it is up to the user to start one run at a time.
+            pass
+        yield
 
 
 @contextmanager

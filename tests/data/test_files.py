@@ -18,6 +18,7 @@ from megatron_moe.data.files import (
     base_suffix,
     expand_inputs,
     iterate_lines,
+    locked_file,
     open_stream,
     require_package,
 )
@@ -114,6 +115,28 @@ def test_inputs_that_cannot_be_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x")
     with pytest.raises(UserError, match=r"--heldout .*a\.jsonl: is given twice"):
         expand_inputs([tmp_path, tmp_path / "a.jsonl"], "--heldout")
+
+
+def test_parquet_in_a_compressed_file_is_refused_at_once(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.parquet.gz"):
+        (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"b\.parquet\.gz: Parquet cannot be read out of \.gz; unpack it"):
+        expand_inputs([tmp_path])
+    assert expand_inputs([tmp_path / "a.parquet"])
+
+
+def test_a_held_file_is_refused_until_it_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with (
+        locked_file(path, "busy", "--output"),
+        pytest.raises(UserError, match="busy"),
+        locked_file(path, "busy", "--output"),
+    ):
+        pass
+    with locked_file(path, "busy", "--output"):
+        pass
+    with pytest.raises(UserError, match="--output x: cannot be written"), locked_file(path / "a", "", "--output x"):
+        pass
 
 
 def test_the_suffix_is_the_one_below_the_compression() -> None:

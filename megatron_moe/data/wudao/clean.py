@@ -55,6 +55,7 @@ def clean_task(job: Job, number: int, progress: Progress) -> dict[str, Any]:
                 sign([document.text for document in documents])
                 write(b"".join(cleaner.lines(documents)))
             progress(batch.bytes_read)
+        job.inputs[task.file].check_unchanged()
         stats.read, stats.kept = cleaner.read.amount(), cleaner.kept.amount()
         if job.dedup != "none":
             np.save(stack.enter_context(atomic_file(tally_file(job, task), job.where)), cleaner.kept.columns)

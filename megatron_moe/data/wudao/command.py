@@ -19,6 +19,7 @@ from megatron_moe.data.wudao.recipe import load_recipe
 from megatron_moe.data.wudao.recipe_file import recipe_names
 from megatron_moe.data.wudao.report import read_report, summary
 from megatron_moe.data.wudao.shards import Compression
+from megatron_moe.data.wudao.stages import tidy
 from megatron_moe.data.wudao.tasks import PAGE
 
 DONE, FAILED, QUARANTINED = 0, 1, 3
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None, doc: str | None) -> int:
         return DONE
     job, finished = create_job(args.input, args.output, _settings(args), overwrite=args.overwrite)
     if finished:
+        # A kill right after the report may have left them.
+        tidy(job)
         print(f"{args.output}: finished before, nothing to do (--overwrite starts anew)")
     else:
         try:

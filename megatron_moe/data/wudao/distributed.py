@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.data.command_line import byte_progress
-from megatron_moe.data.wudao.executors import TaskFailedError, locked, remove_leftovers, task_label
+from megatron_moe.data.wudao.executors import TaskFailedError, locked, no_leftovers, task_label
 from megatron_moe.data.wudao.job import STAGES, Job, StageName, load_job
 from megatron_moe.data.wudao.stages import run_task, task_bytes
 
@@ -106,8 +106,7 @@ def run_ray(job: Job, workers: int, address: str | None = None, progress: bool |
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    with locked(job):
-        remove_leftovers(job)
+    with locked(job), no_leftovers(job):
         _start_ray(ray, workers, address)
         try:
             # Tasks are deterministic and write under their final name at the end, so they can be tried again.

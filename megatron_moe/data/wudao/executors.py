@@ -1,7 +1,6 @@
 """Run the stages of a job on this machine: processes, a progress bar, and no failure that goes unnoticed."""
 
 import contextlib
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,8 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import byte_progress
+from megatron_moe.data.files import locked_file
 from megatron_moe.data.wudao.job import STAGES, Job, StageName, load_job
 from megatron_moe.data.wudao.stages import run_task, task_bytes
 from megatron_moe.data.wudao.tasks import PAGE, QUARANTINE, REPORT, TIMINGS
@@ -55,8 +55,7 @@ def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
         UserError: something the user can mend.
         TaskFailedError: anything else that ended a task; what is done stays done.
     """
-    with locked(job):
-        remove_leftovers(job)
+    with locked(job), no_leftovers(job):
         # Without this, tqdm's monitor thread would be alive when processes start.
         tqdm.monitor_interval = 0
         stages = [stage for stage in STAGES if job.stage_tasks(stage)]
@@ -77,19 +76,23 @@ def run_local(job: Job, workers: int, progress: bool | None = None) -> None:
 @contextmanager
 def locked(job: Job) -> Iterator[None]:
     """Keep a second process from working in the same folder; the lock ends with the process, however it ends."""
-    try:
-        stream = (job.work / "lock").open("w")
-    except OSError as error:
-        raise disk_error(job.where, error) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{job.where}: another process is working there; wait until it ends") from error
+    with locked_file(
+        job.work / "lock", f"{job.where}: another process is working there; wait until it ends", job.where
+    ):
         yield
 
 
-def remove_leftovers(job: Job) -> None:
+@contextmanager
+def no_leftovers(job: Job) -> Iterator[None]:
+    """Remove half-written files at the beginning and, as a full disk may have ended the run, at the end."""
+    _remove_leftovers(job)
+    try:
+        yield
+    finally:
+        _remove_leftovers(job)
+
+
+def _remove_leftovers(job: Job) -> None:
     """What killed processes left half written: nothing else writes here while the lock is held."""
     names = {REPORT, PAGE, TIMINGS, QUARANTINE, *(job.final_shard(task).name for task in job.tasks)}
     for path in [*job.output.glob("*.tmp"), *job.work.glob("*/*.tmp"), *job.work.glob("*.tmp")]:

@@ -126,8 +126,8 @@ class PieceReader:
         left = None if piece.end is None or lines else piece.end - begin
         seen = begin
 
-        def damaged(error: str) -> None:
-            self._report(Fault(seen, 0, "damaged file", f"cannot be read to the end: {error}", b""))
+        def damaged(error: str, place: int) -> None:
+            self._report(Fault(place, 0, "damaged file", f"cannot be read to the end: {error}", b""))
 
         def read(size: int) -> bytes:
             nonlocal left, seen
@@ -211,5 +211,5 @@ def cut_objects(
     return [source.body, *cuts, *[size] * (count - len(cuts))]
 
 
-def _ignore(_: object) -> None:
+def _ignore(*_: object) -> None:
     """The task that cleans the range comes to the same fault, and reports it."""

@@ -93,7 +93,7 @@ def _is_lines(head: bytes) -> bool:
 
 @contextmanager
 def open_bytes(
-    source: Source, start: int, damaged: Callable[[str], None]
+    source: Source, start: int, damaged: Callable[[str, int], None]
 ) -> Iterator[tuple[Callable[[int], bytes], Callable[[], int]]]:
     """Open a file at an offset.
 
@@ -104,25 +104,28 @@ def open_bytes(
     Args:
         source: what to read; not Parquet.
         start: uncompressed offset of the first byte; only an uncompressed file is not read up to there.
-        damaged: told why, when the file ends because its compressed data are cut or damaged.
+        damaged: told why and at which (uncompressed) byte, when the file ends because its compressed data are cut or
+            damaged.
     """
     with open_stream(source.path, source.compression) as (stream, disk_bytes):
         ended = False
+        place = 0 if source.compression else start
 
         def read(size: int) -> bytes:
-            nonlocal ended
+            nonlocal ended, place
             pieces: list[bytes] = []
             while size > 0 and not ended:
                 try:
                     # read1 gives what stands before the damage; read would lose it.
                     piece = stream.read1(size) if source.compression else stream.read(size)  # type: ignore[attr-defined]
                 except DAMAGED as error:
-                    damaged(str(error) or type(error).__name__)
+                    damaged(str(error) or type(error).__name__, place)
                     ended = True
                     break
                 if not piece:
                     ended = True
                 pieces.append(piece)
+                place += len(piece)
                 size -= len(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

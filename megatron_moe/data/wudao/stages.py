@@ -37,7 +37,7 @@ def run_task(job: Job, stage: StageName, number: int, progress: Progress) -> Non
     timings = {"seconds": time.monotonic() - seconds, "processor_seconds": time.process_time() - processor}
     job.finish_task(stage, number, {**result, **timings})
     if stage == "report":
-        _tidy(job)
+        tidy(job)
 
 
 def task_bytes(job: Job, stage: StageName, number: int) -> int:
@@ -133,7 +133,7 @@ def _report(job: Job, number: int, progress: Progress) -> dict[str, Any]:
     return {}
 
 
-def _tidy(job: Job) -> None:
+def tidy(job: Job) -> None:
     """Delete what only this job's later stages needed; logs of schedulers stay."""
     for stage in ("scan", "clean", "match", "decide", "write", "report"):
         shutil.rmtree(job.work / stage, ignore_errors=True)

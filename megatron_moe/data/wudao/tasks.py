@@ -36,6 +36,19 @@ class InputFile:
     size: int
     modified: int
 
+    def check_unchanged(self) -> None:
+        """The file must be the one that the job was planned for.
+
+        Raises:
+            UserError: it was written again meanwhile.
+        """
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise UserError(f"{self.shown}: cannot be read: {error.strerror}") from error
+        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.modified):
+            raise UserError(f"{self.shown}: was changed since this job began; start anew with --overwrite")
+
 
 @dataclass(frozen=True)
 class Task:

@@ -22,6 +22,7 @@ from pyarrow import parquet
 from megatron_moe.config.base import UserError
 from megatron_moe.data.files import expand_inputs
 from megatron_moe.data.wudao import executors
+from megatron_moe.data.wudao.command import main
 from megatron_moe.data.wudao.executors import TaskFailedError, run_local
 from megatron_moe.data.wudao.job import STAGES, Job, Settings, create_job
 from megatron_moe.data.wudao.report import read_report
@@ -291,6 +292,29 @@ def test_a_worker_that_dies_ends_the_run_with_one_line(tmp_path: Path, recipe: P
     assert err.startswith("error: a worker process was killed (out of memory?) while working on "), err
     assert err.count("\n") == 1
     assert "a.jsonl" in err or "b.jsonl" in err
+
+
+def test_input_that_changes_under_the_job_is_an_error(corpus: Path, recipe: Path, tmp_path: Path) -> None:
+    job = plan(corpus, tmp_path / "out", recipe)
+    with (corpus / "b.jsonl.gz").open("ab") as stream:
+        stream.write(gzip.compress(b'{"content": "more"}\n'))
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz: was changed since this job began; .*--overwrite"):
+        run_local(job, workers=1)
+    # What was half written goes at once, not at the next start: a full disk has no room for it.
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_what_a_kill_behind_the_report_left_goes(
+    corpus: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(corpus, tmp_path / "out", recipe)[2:]
+    assert main(arguments, "") == 0
+    left = tmp_path / "out" / ".work" / "clean" / "a.jsonl.zst"
+    left.parent.mkdir()
+    left.write_bytes(b"large")
+    assert main(arguments, "") == 0
+    assert "finished before" in capsys.readouterr().out
+    assert not left.parent.exists()
 
 
 def test_two_runs_in_one_folder_are_refused(corpus: Path, recipe: Path, tmp_path: Path) -> None:
