@@ -180,7 +180,8 @@ def test_parts_of_other_options_are_not_mixed_in(tmp_path: Path, stopped: Prepro
 @pytest.mark.parametrize("column", ["bin", "lengths"])
 @pytest.mark.parametrize("how", ["one more", "one less", "cut", "gone"])
 def test_a_damaged_part_is_seen(tmp_path: Path, stopped: Preprocessing, column: str, how: str) -> None:
-    part = next((tmp_path / "out.parts").glob(f"*.{column}"))
+    # A piece can be empty: one in which no line begins. The names differ from run to run.
+    part = max((tmp_path / "out.parts").glob(f"*.{column}"), key=lambda path: path.stat().st_size)
     content = bytearray(part.read_bytes())
     content[-4] = (content[-4] + {"one more": 1, "one less": -1}.get(how, 0)) % 256
     part.write_bytes(content[:-4] if how == "cut" else content)
