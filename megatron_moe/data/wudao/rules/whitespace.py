@@ -17,6 +17,8 @@ _INDENT = re.compile(f"\n(?:[ \t]*\u3000[ \t\u3000]*|[ \t]+(?=[“‘—…{_CHI
 _RUN = re.compile(f"[ \t\u3000](?:(?<={_CHINESE}[ \t\u3000])[ \t\u3000]+|[ \t\u3000]+(?={_CHINESE}))")
 _BEFORE_MARK = re.compile(f"[ \u3000]+(?=[{characters.CLOSING_MARKS}])")
 _AFTER_MARK = re.compile(f"[ \u3000](?<=[，。！？；：、{characters.OPENING_MARKS}][ \u3000])[ \u3000]*")
+# Below this length searching costs less than looking at the kinds.
+_SHORT = 256
 _BLANK_LINES = re.compile("\n{3,}")
 
 
@@ -43,8 +45,9 @@ class Whitespace(Cleaner):
     def clean_view(self, view: View) -> str:
         """Normalise it."""
         text = view.text
-        if text and view.bits & characters.SPACE and _meets_work(view):
-            text = _tidied(text)
+        if view.bits & characters.SPACE:
+            before, after = (True, True) if len(text) < _SHORT else _beside_marks(view)
+            text = _tidied(text, before=before, after=after)
         if "\n\n\n" in text:
             text = _BLANK_LINES.sub("\n\n", text)
         return text.strip("\n")
@@ -54,26 +57,26 @@ class Whitespace(Cleaner):
         return View(text, view.bits, None, view.han)
 
 
-def _meets_work(view: View) -> bool:
-    """Whether a space stands where one may go: at the edge of a line, beside a mark or beside another space.
-
-    English and code are full of other spaces, at each of which the patterns would begin.
-    """
-    kinds = view.kinds
-    if kinds[0] & characters.SPACE or kinds[-1] & characters.SPACE:
-        return True
-    here, there = kinds[:-1], kinds[1:]
-    near = characters.SPACE | characters.NEWLINE | characters.TIGHT
-    return bool(
-        ((here & characters.SPACE) * (there & near)).any() or ((here & near) * (there & characters.SPACE)).any()
-    )
+def _beside_marks(view: View) -> tuple[bool, bool]:
+    """Whether a space stands before, or after, a mark: English and code are full of spaces that do not."""
+    here, there = view.kinds[:-1], view.kinds[1:]
+    before = ((here & characters.SPACE) * (there & characters.TIGHT)).any()
+    after = ((here & characters.TIGHT) * (there & characters.SPACE)).any()
+    return bool(before), bool(after)
 
 
-def _tidied(text: str) -> str:
-    """Without space at line ends, before Chinese, around marks, and without runs of it."""
-    text = _INDENT.sub("\n", _LINE_TAIL.sub("", f"\n{text}\n"))
-    text = _RUN.sub(lambda match: match.group()[0], text)
-    return _AFTER_MARK.sub("", _BEFORE_MARK.sub("", text))
+def _tidied(text: str, *, before: bool, after: bool) -> str:
+    """Without space at line ends, before Chinese, without runs of it, and without what is before and after marks."""
+    text = f"\n{text}\n"
+    if " \n" in text or "\t\n" in text or "\u3000\n" in text:
+        text = _LINE_TAIL.sub("", text)
+    if "\n " in text or "\n\t" in text or "\n\u3000" in text:
+        text = _INDENT.sub("\n", text)
+    if "  " in text or "\t" in text or "\u3000" in text:
+        text = _RUN.sub(lambda match: match.group()[0], text)
+    if before:
+        text = _BEFORE_MARK.sub("", text)
+    return _AFTER_MARK.sub("", text) if after else text
 
 
 @dataclass(frozen=True)

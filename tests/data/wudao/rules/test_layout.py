@@ -11,7 +11,7 @@ from megatron_moe.config.base import ConfigError
 from megatron_moe.data.wudao.rules.paragraphs import ShortParagraphs
 from megatron_moe.data.wudao.rules.punctuation import Punctuation
 from megatron_moe.data.wudao.rules.sentences import LastSentence
-from megatron_moe.data.wudao.rules.whitespace import SpelledOut, Whitespace, _tidied
+from megatron_moe.data.wudao.rules.whitespace import SpelledOut, Whitespace
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,14 @@ def test_space_with_a_meaning_stays(text: str) -> None:
     assert Whitespace().clean(text) == text
 
 
-@given(st.text("甲a，。（）“ 　\t\n", max_size=12))
+@given(st.text("甲a，。（）“ 　\t\n", max_size=12), st.text("甲a，。（）“ 　\t\n", max_size=12))
 @settings(max_examples=1000)
-def test_the_quick_look_for_spaces_misses_none(text: str) -> None:
-    assert Whitespace().clean(text) == re.sub("\n{3,}", "\n\n", _tidied(text)).strip("\n")
+def test_a_long_text_is_tidied_as_a_short_one(begin: str, end: str) -> None:
+    """A long text is looked at first, and only searched for what may be in it."""
+    short = Whitespace().clean(f"{begin}乙{end}")
+    assert Whitespace().clean(f"{begin}{'乙' * 300}{end}") == short.replace("乙", "乙" * 300)
+    for pattern in (" \n", "\u3000\n", "\n\u3000", "\n\n\n", " ，", "， ", "甲  ", "  甲"):
+        assert pattern not in short
 
 
 @given(st.text("甲乙a ，　 \n", max_size=30))
