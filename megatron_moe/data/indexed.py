@@ -8,7 +8,8 @@ throughout:
            | int32[S] tokens per sequence | int64[S] byte offset of each | int64[D] first sequence of each
            document, closed by S
 
-Here a document is one sequence, so D = S + 1. A prefix is the common path of both files without an ending.
+A document may have several sequences (sentences). For training it is one stretch of text: `IndexedFile` counts
+documents. A prefix is the common path of both files without an ending.
 """
 
 import errno
@@ -55,7 +56,7 @@ class IndexedFile:
     Attributes:
         prefix: path without ending.
         tokens: [T] every token id.
-        lengths: [S] tokens per sequence.
+        lengths: [documents] tokens per document; those without a sequence are left out.
     """
 
     prefix: str
@@ -156,7 +157,15 @@ def _open(prefix: str | Path, flag: str) -> IndexedFile:
     offsets = body[4 * sequences : 12 * sequences].view("<i8")
     document_starts = body[12 * sequences : 12 * sequences + 8 * marks].view("<i8")
     expected = _check_columns(lengths, offsets, dtype.itemsize, f"{flag} {prefix}: {index}")
-    _check_marks(document_starts, sequences, f"{flag} {prefix}: {index}")
+    one_each = _check_marks(document_starts, sequences, f"{flag} {prefix}: {index}")
+    if not one_each:
+        starts, ends = document_bounds(document_starts, offsets, expected)
+        lengths = ((ends - starts) // dtype.itemsize).astype(np.int64)
+        if int(lengths.max(initial=0)) > np.iinfo(np.int32).max:
+            raise UserError(
+                f"{flag} {prefix}: a document has {int(lengths.max()):,} tokens; at most 2^31 - 1 can be read"
+            )
+        lengths = lengths.astype(np.int32)
     found = tokens.stat().st_size
     if found != expected:
         raise UserError(
@@ -183,13 +192,35 @@ def _check_columns(lengths: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64
     return end
 
 
-def _check_marks(starts: npt.NDArray[np.int64], sequences: int, where: str) -> None:
-    """Documents must begin at 0, go on in order and end with the last sequence."""
-    ordered = all(
-        bool(np.all(np.diff(starts[start : start + _BLOCK + 1]) >= 0)) for start in range(0, len(starts), _BLOCK)
-    )
+def document_bounds(
+    marks: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], end: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each document that has a sequence begins and ends in the token file, in bytes.
+
+    Args:
+        marks: first sequence of each document, closed by their number.
+        offsets: where each sequence begins.
+        end: where the last one ends.
+    """
+    marks = marks[np.diff(marks, prepend=-1) > 0]
+    bounds = np.append(offsets[marks[:-1]], end)
+    return bounds[:-1], bounds[1:]
+
+
+def _check_marks(starts: npt.NDArray[np.int64], sequences: int, where: str) -> bool:
+    """Documents must begin at 0, go on in order and end with the last sequence.
+
+    Returns:
+        Whether each is one sequence.
+    """
+    ordered = one_each = True
+    for start in range(0, len(starts), _BLOCK):
+        steps = np.diff(starts[start : start + _BLOCK + 1])
+        ordered &= bool(np.all(steps >= 0))
+        one_each &= bool(np.all(steps == 1))
     if not len(starts) or starts[0] != 0 or starts[-1] != sequences or not ordered:
         raise UserError(f"{where} divides its sequences into documents wrongly; run tools/preprocess_data.py again")
+    return one_each
 
 
 def _check_exists(prefix: str | Path, flag: str) -> None:

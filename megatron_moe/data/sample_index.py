@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
-from megatron_moe.data.indexed import IndexedFile, bin_path, idx_path
+from megatron_moe.data.indexed import IndexedFile, bin_path, document_bounds, idx_path
 from megatron_moe.data.safe_numpy import check_array_file
 from megatron_moe.data.tokenizer.load import Tokenizer
 
@@ -44,6 +45,29 @@ class _DatasetTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod = tokenizer.eod
         self.vocab_size = tokenizer.vocab_size
+
+
+class _WholeDocuments(IndexedDataset):
+    """megatron-core's reader with documents where it has sequences.
+
+    GPTDataset shuffles sequences (megatron/core/datasets/gpt_dataset.py, `numel_low_level_dataset`): the sentences of a
+    document that --split-sentences divided would be scattered over the epoch. What both of them read of an index
+    (megatron/core/datasets/indexed_dataset.py, `_IndexReader`) is replaced here where a document has several, or none.
+    """
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the constructor, and once more after a copy was sent to another process."""
+        super().initialize(*args, **kwargs)
+        index = self.index
+        marks, pointers, lengths = index.document_indices, index.sequence_pointers, index.sequence_lengths
+        if len(marks) == len(lengths) + 1 and bool(np.all(np.diff(marks) == 1)):
+            return
+        itemsize = np.dtype(index.dtype).itemsize
+        starts, ends = document_bounds(marks, pointers, int(pointers[-1]) + int(lengths[-1]) * itemsize)
+        index.sequence_pointers = starts
+        index.sequence_lengths = ((ends - starts) // itemsize).astype(np.int32)
+        index.sequence_count = len(starts)
+        index.document_indices = np.arange(len(starts) + 1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -157,7 +181,7 @@ def _dataset(part: FilePart, run: RunConfig, tokenizer: Tokenizer, folder: Path)
         create_attention_mask=False,
     )
     documents = np.arange(part.first, part.last, dtype=np.int32)
-    tokens = GPTDataset.build_low_level_dataset(part.source.prefix, config)
+    tokens = _WholeDocuments(part.source.prefix)
     # No number of samples: exactly one epoch (`_get_num_epochs`).
     return GPTDataset(tokens, part.source.prefix, documents, None, part.split, config)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.datasets import build_datasets
+from megatron_moe.data.indexed import open_indexed
+from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.data.sample_stream import SampleStream
 from tests.data.test_datasets import TOKENIZER, run_config, write
 
@@ -49,6 +52,30 @@ def test_what_the_order_depends_on_has_an_index_of_its_own(tmp_path: Path) -> No
         assert len(folders(tmp_path / "cache")) == number
     build_datasets(run_config(data_path=(prefix,), split="8,2"), TOKENIZER, train=True, valid=True)
     assert len(folders(tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["whole", "with empty documents"])
+def test_sentences_of_a_document_stay_together(tmp_path: Path, empty: bool) -> None:
+    """megatron-core would shuffle them like documents."""
+    lengths = np.random.default_rng(3).integers(1, 40, 60).astype(np.int32)
+    sentences = [[1, length - 1] if length > 1 and place % 3 else [length] for place, length in enumerate(lengths)]
+    counts = np.array([count for row in sentences for count in ([len(row), 0] if empty else [len(row)])], np.int32)
+    ids = (np.arange(lengths.sum()) % 90).astype(np.uint16)
+    for name, columns in (
+        ("a", (lengths, None)),
+        ("b", (np.array([length for row in sentences for length in row]), counts)),
+    ):
+        (tmp_path / name).mkdir()
+        with IndexedWriter(tmp_path / name / "pair", ids.dtype) as writer:
+            writer.add(ids, *columns)
+    whole, divided = (train_stream(str(tmp_path / name / "pair")) for name in "ab")
+    assert tokens(divided) == tokens(whole)
+    # As a copy in a loader's process.
+    (epoch,) = divided._epochs
+    copy = pickle.loads(pickle.dumps(epoch.dataset))
+    assert [copy[index].tolist() for index in range(60)] == [
+        open_indexed(tmp_path / "b" / "pair").document(index).tolist() for index in range(60)
+    ]
 
 
 KILLED_PROGRAM = """
