@@ -6,7 +6,6 @@ lines.py, parquet.py, read.py   reading a piece
 encode.py       texts to ids, lengths and counts
 work.py         a worker: a piece to a finished part
 workspace.py    the folder of finished parts
-pool.py         worker processes
 assemble.py     parts to pairs or shards
 run.py          all of it
 report.py       PREFIX.report.json

@@ -13,9 +13,9 @@ from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.data.command_line import byte_progress
 from megatron_moe.data.files import atomic_write, expand_inputs
 from megatron_moe.data.indexed import bin_path, token_dtype
+from megatron_moe.data.pool import run_tasks
 from megatron_moe.data.preprocess.assemble import Part, assemble
 from megatron_moe.data.preprocess.job import Output, Preprocessing, PreprocessReport, Totals
-from megatron_moe.data.preprocess.pool import run_tasks
 from megatron_moe.data.preprocess.report import report_path
 from megatron_moe.data.preprocess.tasks import Plan, Task
 from megatron_moe.data.preprocess.work import PartWriter

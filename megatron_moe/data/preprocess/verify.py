@@ -19,9 +19,9 @@ from megatron_moe.data.command_line import byte_progress
 from megatron_moe.data.files import base_suffix, iterate_lines, open_stream
 from megatron_moe.data.indexed import token_dtype
 from megatron_moe.data.indexed_stream import PairReader
+from megatron_moe.data.pool import run_tasks
 from megatron_moe.data.preprocess.job import Preprocessing
 from megatron_moe.data.preprocess.parquet import row_count
-from megatron_moe.data.preprocess.pool import run_tasks
 from megatron_moe.data.preprocess.read import InputReader
 from megatron_moe.data.preprocess.sentences import split_sentences
 from megatron_moe.data.preprocess.tasks import Plan, Task

@@ -1,19 +1,17 @@
 """Sampling many files, by several processes where there are several files; the sample is the same for any number."""
 
-import multiprocessing
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from megatron_moe.config.base import UserError
+import numpy as np
+
+from megatron_moe.data.pool import run_tasks
 from megatron_moe.data.tokenizer.sample import Sample, SampleOptions, SmallestKeys, read_sample
 
 # Starting a process costs as much as reading so much text.
 _WORTH_A_PROCESS = 32 << 20
-# Files under way per process: each may hold a part of the sample.
-_AHEAD = 2
+# A file, its place among all, and the largest key of a sentence that is still wanted.
+_Task = tuple[Path, int, np.uint64]
 
 
 def read_all(files: Sequence[Path], options: SampleOptions, workers: int, progress: Callable[[int], object]) -> Sample:
@@ -35,29 +33,21 @@ def read_all(files: Sequence[Path], options: SampleOptions, workers: int, progre
         for number, path in enumerate(files):
             whole.merge(read_sample(path, number, options, whole.kept.limit, progress))
         return whole
-    context = multiprocessing.get_context("spawn")
-    under_way: deque[tuple[Path, Future[Sample]]] = deque()
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            try:
-                for number, path in enumerate(files):
-                    if len(under_way) >= workers * _AHEAD:
-                        _take(under_way, whole, progress)
-                    under_way.append((path, pool.submit(read_sample, path, number, options, whole.kept.limit)))
-                while under_way:
-                    _take(under_way, whole, progress)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise UserError(
-            "--workers: a process that read was killed, perhaps for want of memory; give fewer --workers or "
-            "--input-sentences"
-        ) from error
+    # Made one by one: the more is read, the fewer sentences the next process needs to keep.
+    tasks = ((path, number, whole.kept.limit) for number, path in enumerate(files))
+    for (path, _, _), sample in run_tasks(
+        _reader, (options,), tasks, workers, "give fewer --workers or --input-sentences"
+    ):
+        whole.merge(sample)
+        progress(path.stat().st_size)
     return whole
 
 
-def _take(under_way: deque[tuple[Path, "Future[Sample]"]], whole: Sample, progress: Callable[[int], object]) -> None:
-    path, future = under_way.popleft()
-    whole.merge(future.result())
-    progress(path.stat().st_size)
+def _reader(options: SampleOptions) -> Callable[[_Task], Sample]:
+    """What a worker process does: sample a file."""
+
+    def read(task: _Task) -> Sample:
+        path, number, limit = task
+        return read_sample(path, number, options, limit)
+
+    return read

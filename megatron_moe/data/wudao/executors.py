@@ -2,10 +2,8 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from tqdm import tqdm
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import byte_progress
 from megatron_moe.data.files import locked_file
+from megatron_moe.data.pool import end_with_parent
 from megatron_moe.data.wudao.job import STAGES, Job, StageName, load_job
 from megatron_moe.data.wudao.stages import run_task, task_bytes
 from megatron_moe.data.wudao.tasks import PAGE, QUARANTINE, REPORT, TIMINGS
@@ -206,16 +205,8 @@ def _start_worker(output: str, done_bytes: Any, processes: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _worker = (load_job(Path(output)), done_bytes, processes)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and they would wait for its next task forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _work(stage: StageName, number: int) -> None:

@@ -2,13 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.preprocess.pool import run_tasks
+from megatron_moe.data.pool import run_tasks
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(offset: int) -> Callable[[int | str], int]:
@@ -35,6 +41,23 @@ def test_every_task_once() -> None:
 
 def test_one_task_needs_no_process() -> None:
     assert list(run_tasks(make, (0,), ["x"], 4)) == [("x", os.getpid())]
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    program = (
+        "from megatron_moe.data.pool import run_tasks\n"
+        "from tests.data.test_pool import make\n"
+        "for _ in run_tasks(make, (0,), iter(lambda: 'sleep', None), 2): print(flush=True)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert parent.stdout.readline() == b"\n"
+        workers = psutil.Process(parent.pid).children()
+        assert len(workers) >= 2
+        parent.kill()
+        parent.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 @pytest.mark.parametrize(

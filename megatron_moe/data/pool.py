@@ -18,7 +18,11 @@ _AHEAD = 2
 
 
 def run_tasks[T, R](
-    make_worker: Callable[..., Callable[[T], R]], arguments: tuple[Any, ...], tasks: Iterable[T], workers: int
+    make_worker: Callable[..., Callable[[T], R]],
+    arguments: tuple[Any, ...],
+    tasks: Iterable[T],
+    workers: int,
+    advice: str = "start again to go on from the finished parts, with fewer --workers if memory was short",
 ) -> Generator[tuple[T, R]]:
     """Work tasks off, in the order in which they finish; the tasks are asked for only as far as they can be begun.
 
@@ -27,6 +31,7 @@ def run_tasks[T, R](
         arguments: can be pickled.
         tasks: can be pickled. One alone is done in this process.
         workers: processes.
+        advice: what the user can do when a process has died.
 
     Raises:
         UserError: a worker's own, or a line that says what else a worker raised, or that one died.
@@ -45,10 +50,7 @@ def run_tasks[T, R](
         try:
             yield from _run(pool, pending, chain(first, stream), workers)
         except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died (out of memory, or killed); start again to go on from the finished parts, "
-                "with fewer --workers if memory was short"
-            ) from error
+            raise UserError(f"a worker process died (out of memory, or killed); {advice}") from error
         finally:
             # After an error the queued tasks must not be worked through first.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -83,12 +85,19 @@ def _start(make_worker: Callable[..., Callable[[Any], Any]], arguments: tuple[An
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are the parallelism: without this a Hugging Face tokenizer would start a thread a core in each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
     _worker = make_worker(*arguments)
 
 
-def _die_with_parent() -> None:
-    """A worker waits for tasks for ever when its parent was killed: it holds the writing end of that pipe itself."""
+def end_with_parent() -> None:
+    """End this worker process when its parent ends, however that ends.
+
+    Otherwise it would wait for tasks for ever: it holds the writing end of that pipe itself.
+    """
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_handles([parent.sentinel])
