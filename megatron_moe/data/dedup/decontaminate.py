@@ -6,10 +6,8 @@ is compared unit by unit, so a collision of hashes never drops a document. The e
 memory for each of their characters, and twice that while they are read.
 """
 
-import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ from megatron_moe.data.dedup.units import (
     I64,
     U64,
     Units,
-    fold_version,
     grams_of,
     pieces_of,
     unit_strings,
@@ -140,19 +137,8 @@ class Decontaminator:
         self._file_of_text += [len(self.files)] * len(texts)
         self.files.append(file)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of all that decides the result: the options, the contents of the files in order, the folding."""
-        fixed = {**dataclasses.asdict(self.options), "files": [(file.name, file.sha256) for file in self.files]}
-        return hashlib.sha256(json.dumps([fixed, fold_version()], sort_keys=True).encode()).hexdigest()
-
-    def contaminated(self, text: str) -> str | None:
-        """Which evaluation file and which run a document holds; None for a clean one."""
-        found = self.find([text])[0]
-        return None if found is None else str(found)
-
     def find(self, texts: Sequence[str]) -> list[Contamination | None]:
-        """The same for a batch of documents, which is several times faster for short ones."""
+        """Why each document counts as contaminated, None for a clean one; many at once take less time."""
         result: list[Contamination | None] = [None] * len(texts)
         begin = 0
         for piece in pieces_of(texts):

@@ -33,6 +33,11 @@ def _decontaminator(folder: Path, *texts: str, **options: Any) -> Decontaminator
     return Decontaminator(Decontamination(files=(_evaluation(folder, *texts),), **options))
 
 
+def _found(decontaminator: Decontaminator, text: str) -> str | None:
+    found = decontaminator.find([text])[0]
+    return None if found is None else str(found)
+
+
 @pytest.mark.parametrize(
     ("text", "run"),
     [
@@ -46,7 +51,7 @@ def _decontaminator(folder: Path, *texts: str, **options: Any) -> Decontaminator
 def test_thirteen_characters_in_a_row_contaminate(text: str, run: str | None, tmp_path: Path) -> None:
     decontaminator = _decontaminator(tmp_path, QUESTION)
     expected = None if run is None else f"eval.jsonl: {run}"
-    assert decontaminator.contaminated(text) == expected
+    assert _found(decontaminator, text) == expected
     found = decontaminator.find(["别的", text, "别的"])
     assert [None if each is None else str(each) for each in found] == [None, expected, None]
 
@@ -54,10 +59,8 @@ def test_thirteen_characters_in_a_row_contaminate(text: str, run: str | None, tm
 def test_thirteen_words_of_english_not_thirteen_letters(tmp_path: Path) -> None:
     english = "The quick brown fox jumps over the lazy dog while 42 other animals watch it closely"
     decontaminator = _decontaminator(tmp_path, english)
-    assert decontaminator.contaminated("the quick brown fox jumps over the lazy dog") is None
-    found = decontaminator.contaminated(
-        "Quick, brown FOX jumps over the lazy dog -- while ４２ other animals watch it."
-    )
+    assert _found(decontaminator, "the quick brown fox jumps over the lazy dog") is None
+    found = _found(decontaminator, "Quick, brown FOX jumps over the lazy dog -- while ４２ other animals watch it.")
     assert found == "eval.jsonl: quick brown fox jumps over the lazy dog while 42 other animals watch"
 
 
@@ -67,23 +70,23 @@ def test_hits_and_share(tmp_path: Path) -> None:
     assert counts is not None
     # 22 units make 10 runs.
     assert (counts.hits, counts.share) == (10, 10 / (len(unit_strings(text)) - 12))
-    assert _decontaminator(tmp_path, QUESTION, hits=10).contaminated(text)
-    assert _decontaminator(tmp_path, QUESTION, hits=11).contaminated(text) is None
-    assert _decontaminator(tmp_path, QUESTION, share=counts.share).contaminated(text)
-    assert _decontaminator(tmp_path, QUESTION, share=counts.share + 0.001).contaminated(text) is None
+    assert _found(_decontaminator(tmp_path, QUESTION, hits=10), text)
+    assert _found(_decontaminator(tmp_path, QUESTION, hits=11), text) is None
+    assert _found(_decontaminator(tmp_path, QUESTION, share=counts.share), text)
+    assert _found(_decontaminator(tmp_path, QUESTION, share=counts.share + 0.001), text) is None
     # The same run twice is one hit.
-    assert _decontaminator(tmp_path, QUESTION, hits=11).contaminated(QUESTION + "。甲。" + QUESTION) is None
+    assert _found(_decontaminator(tmp_path, QUESTION, hits=11), QUESTION + "。甲。" + QUESTION) is None
 
 
 def test_short_evaluation_texts_contaminate_documents_equal_to_them(tmp_path: Path) -> None:
     decontaminator = _decontaminator(tmp_path, "今天天气怎么样？", "。", QUESTION)
-    assert decontaminator.contaminated("今天，天气怎么样") == "eval.jsonl: 今天天气怎么样"
-    assert decontaminator.contaminated("请问今天天气怎么样？") is None
-    assert decontaminator.contaminated("！") is None
+    assert _found(decontaminator, "今天，天气怎么样") == "eval.jsonl: 今天天气怎么样"
+    assert _found(decontaminator, "请问今天天气怎么样？") is None
+    assert _found(decontaminator, "！") is None
     (file,) = decontaminator.files
     assert (file.texts, file.short, file.empty, file.runs) == (3, 1, 1, 10)
     skipping = _decontaminator(tmp_path, "今天天气怎么样？", short="skip")
-    assert skipping.contaminated("今天天气怎么样？") is None
+    assert _found(skipping, "今天天气怎么样？") is None
     assert skipping.files[0].short == 1
 
 
@@ -109,7 +112,7 @@ def test_found_as_by_comparing_lists(
             patch.setattr(decontaminate_module, "grams_of", _colliding)
         decontaminator = _decontaminator(folder, *evaluation, ngram=ngram)
         found = decontaminator.find(documents)
-        one_by_one = [decontaminator.contaminated(text) for text in documents]
+        one_by_one = [_found(decontaminator, text) for text in documents]
     for text, contamination in zip(documents, found, strict=True):
         expected = bool(gram_set(text, ngram) & runs) or unit_strings(text) in short
         if collide and contamination is None:
@@ -140,17 +143,7 @@ def test_long_documents_in_many_pieces(tmp_path: Path) -> None:
     decontaminator = _decontaminator(tmp_path, *random_documents(50, 200, seed=4), QUESTION)
     found = decontaminator.find(batch)
     assert [index for index, each in enumerate(found) if each] == [7, 59]
-    assert [index for index, text in enumerate(batch) if decontaminator.contaminated(text)] == [7, 59]
-
-
-def test_the_fingerprint_is_of_contents_and_options(tmp_path: Path) -> None:
-    one = _decontaminator(tmp_path, QUESTION).fingerprint
-    assert _decontaminator(tmp_path, QUESTION).fingerprint == one
-    other = tmp_path / "other"
-    other.mkdir()
-    assert _decontaminator(other, QUESTION).fingerprint == one
-    assert _decontaminator(other, QUESTION + "。").fingerprint != one
-    assert _decontaminator(tmp_path, QUESTION, hits=2).fingerprint != one
+    assert [index for index, text in enumerate(batch) if _found(decontaminator, text)] == [7, 59]
 
 
 def test_nothing_to_compare_with() -> None:
@@ -178,11 +171,11 @@ def test_every_kind_of_evaluation_file(name: str, tmp_path: Path) -> None:
     else:
         path.write_text(lines)
     decontaminator = Decontaminator(Decontamination(files=(str(path),), fields=("question",)))
-    assert decontaminator.contaminated(QUESTION) == f"{name}: 下列关于黄河流域气候特点的"
-    assert decontaminator.contaminated("无关的标识符号写得很长很长很长的") is None
+    assert _found(decontaminator, QUESTION) == f"{name}: 下列关于黄河流域气候特点的"
+    assert _found(decontaminator, "无关的标识符号写得很长很长很长的") is None
     if name != "a.txt":
         everything = Decontaminator(Decontamination(files=(str(path),)))
-        assert everything.contaminated("无关的标识符号写得很长很长很长的") is not None
+        assert _found(everything, "无关的标识符号写得很长很长很长的") is not None
 
 
 @pytest.mark.parametrize(
