@@ -45,6 +45,30 @@ def test_text_to_token_files(tmp_path: Path) -> None:
     assert pair.document(149)[-1] == tokenizer.eod
 
 
+def test_token_files_are_merged_inspected_measured_and_verified(tmp_path: Path, tiny_data: Path) -> None:
+    texts = documents(30)
+    model = ["--tokenizer-model", tiny_data / "bpe.model"]
+    inputs = [
+        write_jsonl(tmp_path / f"{name}.jsonl", texts[start : start + 15]) for name, start in (("a", 0), ("b", 15))
+    ]
+    for source in inputs:
+        more = ["--output-prefix", source.with_suffix(""), "--verify", "--stats", "--seq-length", 64]
+        written = run("preprocess_data", "--input", source, *model, *more)
+        assert written.returncode == 0, written.stderr
+        assert "verified: 15 documents are exactly what 1 input files give" in written.stdout
+        assert "packing at --seq-length 64" in written.stdout
+    merged = run("preprocess_data", "merge", tmp_path / "a", tmp_path / "b", "--output-prefix", tmp_path / "all")
+    assert merged.stdout == f"{tmp_path / 'all'}.bin/.idx: 30 documents, 30 sequences\n", merged.stderr
+    shown = run("preprocess_data", "inspect", tmp_path / "all", *model, "--document", 29)
+    assert texts[29] + " <end of document>" in shown.stdout, shown.stderr
+    assert "at the end of 30 of 30 documents" in shown.stdout
+    verified = run("preprocess_data", "verify", tmp_path / "a", *model, "--input", inputs[1])
+    assert verified.returncode == 2
+    assert verified.stderr.startswith(f"error: verify {tmp_path / 'a'}: document 0 is not {inputs[1]} line 1: ")
+    wrong = run("preprocess_data", "stats", tmp_path / "all", "--seq-lenght", 64)
+    assert wrong.stderr == "error: unknown flag --seq-lenght; did you mean --seq-length? (see --help)\n"
+
+
 @pytest.mark.parametrize("tool", ["build_tokenizer", "preprocess_data", "fetch_sample_corpus", "plot_run"])
 def test_help_shows_an_example(tool: str) -> None:
     result = run(tool, "--help")

@@ -134,10 +134,10 @@ def _print_report(report: PreprocessReport) -> None:
         print(f"{output.prefix}.bin/.idx: {output.documents:,} documents, {output.tokens:,} tokens")
     for key, totals in report.totals.items():
         name = f"{key}: " if len(report.totals) > 1 else ""
-        rate = totals.text_bytes / 1e6 / report.seconds
+        rate = "" if report.resumed else f" ({totals.text_bytes / 1e6 / report.seconds:.1f} MB/s)"
         print(
             f"{name}{totals.documents:,} documents, {totals.sequences:,} sequences, {totals.tokens:,} tokens, "
-            f"{totals.chars_per_token:.3f} characters per token, in {report.seconds:.1f} s ({rate:.1f} MB/s)"
+            f"{totals.chars_per_token:.3f} characters per token, in {report.seconds:.1f} s{rate}"
         )
         if totals.empty:
             print(f"{name}left out: {totals.empty:,} documents without text")

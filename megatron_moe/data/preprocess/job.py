@@ -53,7 +53,8 @@ class Preprocessing:
                 raise ConfigError(f"--json-keys {key!r}: becomes part of a file's name and cannot hold '/' or be empty")
         least = 1 + self.append_eod
         if self.max_length is not None and self.max_length < least:
-            raise ConfigError(f"--max-length {self.max_length}: must be at least {least} (a token and the end)"[:200])
+            why = " (a token, and the end of the document)" if self.append_eod else ""
+            raise ConfigError(f"--max-length {self.max_length}: must be at least {least}{why}")
         if self.max_document_bytes < 1:
             raise ConfigError(f"--max-document-bytes {self.max_document_bytes}: must be at least 1")
 
