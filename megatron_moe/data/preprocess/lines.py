@@ -35,6 +35,12 @@ class LineReader:
         self.line = 1
         self.ended = False
 
+    def begins_with(self, start: bytes) -> bool:
+        """Whether what comes next, spaces aside, begins like this."""
+        if not self._buffer:
+            self._fill()
+        return self._buffer.lstrip().startswith(start)
+
     def skip_to(self, start: int) -> None:
         """Go on to the first line that begins at `start` or later."""
         if self.position >= start:

@@ -105,6 +105,10 @@ class InputReader:
         if plain_text and len(self._keys) > 1:
             raise UserError(f"--json-keys {' '.join(self._keys)}: {task.path} is plain text and has no fields")
         reader = self._reader(task)
+        if task.number == 0 and not plain_text and reader.begins_with(b"["):
+            raise UserError(
+                f"{task.path}: is a JSON array, not JSON Lines; tools/clean_wudao.py reads arrays of records"
+            )
         reader.skip_to(task.start)
         for first, lines in reader.batches(task.stop):
 
@@ -172,9 +176,11 @@ def _fast_columns(lines: Sequence[bytes], keys: Sequence[str]) -> list[list[str]
 
 def _plain(line: bytes, path: Path, number: Callable[[int], int], place: int) -> str:
     try:
-        return line.decode("utf-8").removesuffix("\r")
+        text = line.decode("utf-8").removesuffix("\r")
     except UnicodeDecodeError:
         return plain_line(line, path, number(place))
+    # Perhaps a byte order mark.
+    return plain_line(line, path, number(place)).removesuffix("\r") if text.startswith("\ufeff") else text
 
 
 def _lines_before(task: Task) -> int:

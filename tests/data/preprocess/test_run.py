@@ -215,6 +215,7 @@ def test_nothing_to_write_and_no_workers_are_errors(tmp_path: Path, job: Preproc
     ("content", "message"),
     [
         (b'{"text": "a"}\n\n{"text": "b"}\n', "line 2: empty line"),
+        (b'[{"text": "a"},\n{"text": "b"}]', "is a JSON array, not JSON Lines; tools/clean_wudao.py reads arrays"),
         (b'{"text": "a"}\n[1]\n', "line 2: expected a JSON object with the field 'text', got list"),
         (b'{"text": "a"}\n{"text": null}\n', "line 2: field 'text' must be a string, got NoneType"),
         (b'{"text": "\\ud800"}\n', "line 1: half of a surrogate pair"),
