@@ -40,7 +40,7 @@ def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[st
     if not line.strip():
         raise UserError(f"{where}: empty line; every line must be a JSON object")
     try:
-        entry = json.loads(line.decode("utf-8"))
+        entry = json.loads(line.decode(_encoding(number)))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -119,9 +119,14 @@ def plain_line(line: bytes, path: Path, number: int) -> str:
         UserError: not UTF-8.
     """
     try:
-        return line.decode("utf-8")
+        return line.decode(_encoding(number))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _encoding(number: int) -> str:
+    """UTF-8; a byte order mark, with which some programs begin a file, is no part of its text."""
+    return "utf-8-sig" if number == 1 else "utf-8"
 
 
 def _parquet_column(path: Path, column: str) -> Iterator[Any]:

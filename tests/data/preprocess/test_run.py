@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.data.documents import read_documents
 from megatron_moe.data.indexed import open_indexed
 from megatron_moe.data.preprocess import Preprocessing, preprocess, tasks
 from megatron_moe.data.preprocess.sentences import split_sentences
@@ -105,6 +106,18 @@ def test_every_format_gives_the_same_pair(tmp_path: Path, job: Preprocessing, na
     preprocess([tmp_path / "in"], tmp_path / "out", job)
     preprocess([write_jsonl(tmp_path / "plain.jsonl", texts)], tmp_path / "plain", job)
     assert same_pair(tmp_path / "out", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, job: Preprocessing, name: str) -> None:
+    records = [{"text": text} for text in ("第一行。", "\ufeff第二行。")]
+    path = write_records(tmp_path / name, records)
+    preprocess([path], tmp_path / "plain", job)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    preprocess([path], tmp_path / "marked", job)
+    assert same_pair(tmp_path / "plain", tmp_path / "marked")
+    # Read by the one who builds tokenizers too.
+    assert next(iter(read_documents(path, "text"))).rstrip("\n") == "第一行。"
 
 
 def test_several_fields_are_all_finished(tmp_path: Path, job: Preprocessing, tokenizer_model: Path) -> None:
