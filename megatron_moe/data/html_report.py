@@ -6,6 +6,7 @@ and tokenizer tools write their `report.html` with it.
 
 import math
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from html import escape as escape_markup
 from typing import Self
 
@@ -28,11 +29,14 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 pre { background: var(--soft); padding: .5rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0;
       border-left: 4px solid var(--line); }
 pre.old { border-left-color: var(--old); } pre.new { border-left-color: var(--new); }
+mark { background: none; color: inherit; border-bottom: 2px solid var(--line); font-weight: 700; }
+pre.old mark { border-color: var(--old); } pre.new mark { border-color: var(--new); }
 """.strip()
 _WIDTH, _LABEL, _VALUE = 900, 220, 130
 # Height of a bar with the room around it: one a label, or two.
 _ROW, _PAIR_ROW = 20, 14
 _LONGEST_LABEL = 26
+_MOST_CODE_POINTS = 8
 
 # A browser drops control characters or draws boxes: their pictures (U+2400 and on) say what stands there.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -125,10 +129,12 @@ class Page:
         return self
 
     def before_after(self, heading: str, samples: Sequence[tuple[str, str | None]]) -> Self:
-        """Texts before and after a change, folded; None after stands for a dropped document."""
+        """Texts before and after a change, folded; None after stands for a dropped document.
+
+        What differs is marked, and its code points show under the pointer: many characters look alike.
+        """
         pairs = "".join(
-            f'<pre class="old">{escape(before)}</pre>'
-            + ("<p>dropped</p>" if after is None else f'<pre class="new">{escape(after)}</pre>')
+            f'<pre class="old">{escape(before)}</pre><p>dropped</p>' if after is None else _marked(before, after)
             for before, after in samples
         )
         self._parts.append(f"<details><summary>{escape(heading)}: {len(samples)} samples</summary>{pairs}</details>")
@@ -149,6 +155,22 @@ class Page:
             + "\n".join(self._parts)
             + "\n</body></html>\n"
         )
+
+
+def _marked(before: str, after: str) -> str:
+    """Two texts one below the other, with marks where they differ."""
+    old: list[str] = []
+    new: list[str] = []
+    for kind, i, j, k, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        for parts, text in ((old, before[i:j]), (new, after[k:m])):
+            parts.append(escape(text) if kind == "equal" or not text else _mark(text))
+    return f'<pre class="old">{"".join(old)}</pre><pre class="new">{"".join(new)}</pre>'
+
+
+def _mark(text: str) -> str:
+    shown = " ".join(f"U+{ord(character):04X}" for character in text[:_MOST_CODE_POINTS])
+    more = " …" if len(text) > _MOST_CODE_POINTS else ""
+    return f'<mark title="{shown}{more}">{escape(text)}</mark>'
 
 
 def _cell(value: Cell) -> str:

@@ -48,6 +48,13 @@ def test_the_page_is_whole_and_escapes_everything() -> None:
     assert "0.1235" in html
 
 
+def test_what_differs_is_marked() -> None:
+    html = Page("t").before_after("c", [("他說\uf96f話<b>", "他說說話<b>"), ("一　二", "一二")]).render()
+    assert '<pre class="old">他說<mark title="U+F96F">\uf96f</mark>話&lt;b&gt;</pre>' in html
+    assert '<pre class="new">他說<mark title="U+8AAA">說</mark>話&lt;b&gt;</pre>' in html
+    assert '<pre class="old">一<mark title="U+3000">\u3000</mark>二</pre><pre class="new">一二</pre>' in html
+
+
 def test_bars_are_in_proportion() -> None:
     html = Page("t").bars("c", ["a", "b", "c"], [4, 2, 0]).render()
     a, b, c = (float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', html))

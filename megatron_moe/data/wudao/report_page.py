@@ -42,15 +42,23 @@ def _rules(page: Page, rules: Sequence[dict[str, Any]]) -> None:
     page.section("Rules", "In the order in which they work. Characters of dropped documents count as removed.")
     rows = [(rule["rule"], rule["changed"], rule["dropped"], rule["characters_removed"]) for rule in rules]
     page.table(("rule", "documents changed", "documents dropped", "characters removed"), rows)
-    names = [rule["rule"] for rule in rules]
-    page.bars(
-        "Documents",
-        names,
-        [rule["changed"] for rule in rules],
-        second=[rule["dropped"] for rule in rules],
-        names=("changed", "dropped"),
-    )
-    page.bars("Characters removed", names, [max(0, rule["characters_removed"]) for rule in rules])
+    # Rows of zeros would hide the bars.
+    busy = [rule for rule in rules if rule["changed"] or rule["dropped"]]
+    if busy:
+        page.bars(
+            "Documents",
+            [rule["rule"] for rule in busy],
+            [rule["changed"] for rule in busy],
+            second=[rule["dropped"] for rule in busy],
+            names=("changed", "dropped"),
+        )
+    shorter = [rule for rule in rules if rule["characters_removed"] > 0]
+    if shorter:
+        page.bars(
+            "Characters removed",
+            [rule["rule"] for rule in shorter],
+            [rule["characters_removed"] for rule in shorter],
+        )
     for rule in rules:
         if rule["reasons"]:
             page.table((f"{rule['rule']}: reasons (# for a number)", "documents"), list(rule["reasons"].items()))
