@@ -87,3 +87,20 @@ def test_preprocess_prints_all_sides_and_that_their_files_agree(tmp_path: Path) 
     assert serial.startswith("work of the main process")
     # The same work on both sides, or the ratio means nothing.
     assert same == "same .bin and .idx as the peer: yes"
+
+
+@pytest.mark.slow
+def test_data_prints_every_side_of_the_cleaner(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "wudao").mkdir(parents=True)
+    texts = documents(300)
+    write_jsonl(corpus / "train.jsonl", texts)
+    records = [{"id": number, "dataType": "新闻", "content": text} for number, text in enumerate(texts)]
+    (corpus / "wudao" / "part-00000.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    command = [sys.executable, "benchmarks/data.py", "--corpus", str(corpus), "--only", "cleaning", "--texts", "all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| all")]
+    assert rows == ["orjson + zstd", "PAI's design"] + [
+        f"ours, {name}" for name in ("pai", "wudao-default, no dedup", "wudao-default, exact", "wudao-default, near")
+    ]

@@ -1,5 +1,6 @@
 """Every kind of tokenizer: what goes in comes out, saved ones load again, mistakes are one line."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,14 @@ def test_hugging_face_tokenizer(tmp_path: Path) -> None:
     again = load_saved_tokenizer(tmp_path / "saved")
     assert again.encode(text) == ids
     assert again.fingerprint == tokenizer.fingerprint
+    # The same pieces, but fewer merges: other ids.
+    content = json.loads((tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:3]
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    other = load_tokenizer(DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "hf")))
+    assert other.pieces == tokenizer.pieces
+    assert other.encode(text) != ids
+    assert other.fingerprint != tokenizer.fingerprint
 
 
 def test_null_tokenizer() -> None:

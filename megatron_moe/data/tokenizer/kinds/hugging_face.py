@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face, read by transformers without downloading or running anything."""
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -59,8 +60,11 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the pieces."""
-        return short_hash("\0".join(self.pieces).encode("utf-8", "surrogatepass"))
+        """Hash of the pieces and of the merges: with other merges the same pieces give other ids."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        model = json.loads(backend.to_str())["model"] if backend is not None else {}
+        parts = ["\0".join(self.pieces), json.dumps(model.get("merges", []))]
+        return short_hash("\1".join(parts).encode("utf-8", "surrogatepass"))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special symbols."""
