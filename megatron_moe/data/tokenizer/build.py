@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import byte_progress
-from megatron_moe.data.files import atomic_file, atomic_write, expand_inputs
+from megatron_moe.data.files import atomic_file, atomic_write, expand_inputs, locked_file
 from megatron_moe.data.tokenizer.export import hugging_face_files
 from megatron_moe.data.tokenizer.judge import judge_all, open_all, used_pieces
 from megatron_moe.data.tokenizer.kinds.sentence_piece import SentencePieceTokenizer
@@ -38,11 +38,13 @@ from megatron_moe.data.tokenizer.workspace import (
     REPORT_FILE,
     TIMINGS_FILE,
     VERSION,
+    Identity,
     Workspace,
     identify,
 )
 
 _SENTENCES, _HELDOUT, _STATE = "sample.txt", "heldout.json", "sample.json"
+_LOCK = "lock"
 _CODE_POINTS = 0x110000
 # SentencePiece's memory per byte of text, at most: measured 47 on 35 MB, 34 on 100 MB.
 _MEMORY_PER_BYTE = 47
@@ -88,6 +90,21 @@ def build_tokenizer(
     space = Workspace(output, identity)
     if space.finished is not None:
         return space.finished
+    busy = f"{space.flag}: another process is working there; wait until it ends"
+    with locked_file(space.work / _LOCK, busy, space.flag):
+        return _build(files, heldout_files, compare, options, identity, space, workers, show_progress)
+
+
+def _build(
+    files: Sequence[Path],
+    heldout_files: Sequence[Path],
+    compare: Sequence[Path],
+    options: BuildOptions,
+    identity: Identity,
+    space: Workspace,
+    workers: int,
+    show_progress: bool | None,
+) -> dict[str, Any]:
     # Before the hours that training may take.
     others = open_all(compare)
     clock = _Clock()

@@ -78,6 +78,8 @@ class Workspace:
             raise UserError(
                 f"{self.flag}: holds a tokenizer of other text or options; remove it or give another folder"
             )
+        # A kill behind the last name may have left it.
+        shutil.rmtree(self.work, ignore_errors=True)
         return report
 
     def give_names(self, names: Sequence[str]) -> None:

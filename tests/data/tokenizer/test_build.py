@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 
 from megatron_moe.config.base import UserError
+from megatron_moe.data.files import locked_file
 from megatron_moe.data.tokenizer.build import build_tokenizer, train_tokenizer
 from megatron_moe.data.tokenizer.load import SentencePieceTokenizer
 from megatron_moe.data.tokenizer.options import BuildOptions, choose_coverage
@@ -143,6 +144,13 @@ def test_a_finished_build_is_not_done_again(built: Path, corpus: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in built.iterdir()} == before
     with pytest.raises(UserError, match="holds a tokenizer of other text or options"):
         build_tokenizer([corpus], built, options(vocab_size=861))
+
+
+def test_two_builds_in_one_folder_are_refused(tmp_path: Path, corpus: Path) -> None:
+    output = tmp_path / "out"
+    busy = pytest.raises(UserError, match=r"--output .*out: another process is working there")
+    with locked_file(output / ".work" / "lock", "", ""), busy:
+        build_tokenizer([corpus], output, options())
 
 
 def test_a_foreign_model_is_not_overwritten(tmp_path: Path, corpus: Path) -> None:
