@@ -119,7 +119,7 @@ def _parser() -> ToolParser:
         type=float,
         metavar="SHARE",
         help="characters with pieces of their own (default 0.9995, or less so that they fill at most half of "
-        "the vocabulary)",
+        "the vocabulary; 0.98 is the least)",
     )
     parser.add_argument(
         "--split-by-unicode-script",
