@@ -1,6 +1,6 @@
 """The files that data tools read and write: inputs found in folders, .gz and .zst read as streams, atomic writing.
 
-No other module opens a compressed file or gives a finished file its name.
+No other module opens a compressed file; whatever others see appears under its name only when it is complete.
 """
 
 import contextlib

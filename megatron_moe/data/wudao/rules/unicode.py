@@ -80,19 +80,41 @@ _STRAY_AND_PRIVATE = re.compile(
 )
 
 
+def _han_of_private_use() -> dict[int, str]:
+    """The 80 Han that GBK kept at FE50 to FEA0, which old converters put at U+E815 to U+E864 for want of a place.
+
+    GB 18030 of 2000, which Python's codec has, places 66 of them; the other 14 got theirs later (GB 18030-2005).
+    """
+    codes = (bytes((0xFE, low)) for low in range(0x50, 0xA1) if low != 0x7F)
+    table = {0xE815 + number: code.decode("gb18030") for number, code in enumerate(codes)}
+    return table | dict(
+        zip(
+            map(ord, "\ue816\ue817\ue818\ue81e\ue826\ue82b\ue82c\ue831\ue832\ue83b\ue843\ue854\ue855\ue864"),
+            "\U00020087\U00020089\U000200cc龴龵龶龷\U000215d7龸\U0002298f龹龺\U000241fe龻",
+            strict=True,
+        )
+    )
+
+
+_HAN_OF_PRIVATE_USE = _han_of_private_use()
+_PRIVATE_HAN = re.compile("[\ue815-\ue864]")
+
+
 @dataclass(frozen=True)
 class Control(Cleaner):
     """Removes control characters, terminal colours, zero-width characters and halves of pairs.
 
-    All line ends become line feeds. Tabs, the joiners inside emoji and variation selectors stay.
+    All line ends become line feeds. Tabs, the joiners inside emoji and variation selectors stay. Rare Han that GBK
+    files have in the private area get the code points that Unicode gave them later.
     """
 
     private_use: Literal["remove", "keep"] = "remove"
-    """Characters of the private areas: icons of web fonts, or rare Han of old GB 18030 and HKSCS files."""
+    """Other characters of the private areas: icons of web fonts, or rare Han of HKSCS and vendors."""
 
     name: ClassVar[str] = "control"
     source: ClassVar[str] = "WuDaoCorpora (control and invisible characters)"
-    destroys: ClassVar[str] = "rare Han that old encodings put in the private areas, unless private_use is keep"
+    destroys: ClassVar[str] = "rare Han that HKSCS and vendors put in the private areas, unless private_use is keep"
+    version: ClassVar[int] = 2
     needs: ClassVar[int] = characters.STRAY
     titles: ClassVar[bool] = True
 
@@ -106,6 +128,7 @@ class Control(Cleaner):
             if shorter == text:
                 break
             text = shorter
+        text = _PRIVATE_HAN.sub(lambda match: _HAN_OF_PRIVATE_USE[ord(match.group())], text)
         return (_STRAY_AND_PRIVATE if self.private_use == "remove" else _STRAY).sub("", text)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.files import require_package
-from megatron_moe.data.wudao.rules.base import Cleaner, Filter
+from megatron_moe.data.wudao.rules.base import Cleaner, Filter, Rule
 from megatron_moe.data.wudao.rules.characters import View
 
 
@@ -56,8 +56,29 @@ def _found(path: str, text: str) -> list[tuple[int, str]]:
     return found
 
 
+class _Listed(Rule):
+    """What rules with a list of words share."""
+
+    file: str
+
+    @property
+    def idle(self) -> bool:
+        """Without a list."""
+        return not self.file
+
+    def prepare(self) -> None:
+        """Read the list."""
+        _automaton(self.file)
+
+    def identity(self) -> dict[str, Any]:
+        """With what is in the list, not where it lies."""
+        identity = super().identity()
+        identity["options"]["file"] = _digest(self.file)
+        return identity
+
+
 @dataclass(frozen=True)
-class Advertising(Cleaner):
+class Advertising(_Listed, Cleaner):
     """Drops lines dense with words of a list: 加微信, 扫码关注, 点击购买."""
 
     file: str = ""
@@ -77,21 +98,6 @@ class Advertising(Cleaner):
         self.require(self.distinct >= 1, "distinct", "at least 1")
         self.require_share("share")
 
-    @property
-    def idle(self) -> bool:
-        """Without a list."""
-        return not self.file
-
-    def prepare(self) -> None:
-        """Read the list."""
-        _automaton(self.file)
-
-    def identity(self) -> dict[str, Any]:
-        """With what is in the list, not where it lies."""
-        identity = super().identity()
-        identity["options"]["file"] = _digest(self.file)
-        return identity
-
     def clean(self, text: str) -> str:
         """Drop the lines."""
         if not _found(self.file, text):
@@ -106,7 +112,7 @@ class Advertising(Cleaner):
 
 
 @dataclass(frozen=True)
-class SensitiveWords(Filter):
+class SensitiveWords(_Listed, Filter):
     """Drops documents dense with words of a list."""
 
     file: str = ""
@@ -127,21 +133,6 @@ class SensitiveWords(Filter):
     def __post_init__(self) -> None:
         self.require_count("per_line", "distinct")
         self.require_share("share")
-
-    @property
-    def idle(self) -> bool:
-        """Without a list."""
-        return not self.file
-
-    def prepare(self) -> None:
-        """Read the list."""
-        _automaton(self.file)
-
-    def identity(self) -> dict[str, Any]:
-        """With what is in the list, not where it lies."""
-        identity = super().identity()
-        identity["options"]["file"] = _digest(self.file)
-        return identity
 
     def reason(self, view: View) -> str | None:
         """Compare the density."""

@@ -105,3 +105,14 @@ def test_garbage_lines_go_and_single_losses_are_removed() -> None:
     assert Garbage().clean(f"锟斤拷锟斤拷锟斤拷\n{long}\ufffd完") == f"\n{long}完"
     assert Garbage(share=0.0).clean(f"{long}\ufffd完\n好") == "\n好"
     assert Garbage().clean("烫手的山芋，屯屯") == "烫手的山芋，屯屯"
+
+
+def test_han_that_gbk_kept_in_the_private_area_get_their_code_points() -> None:
+    """As iconv's GB 18030 has them, and every place of the area but no other."""
+    area = "".join(map(chr, range(0xE815, 0xE865)))
+    mended = Control().clean(area)
+    assert len(mended) == len(area)
+    assert not any(0xE000 <= ord(character) <= 0xF8FF for character in mended)
+    assert Control().clean("玉{\ue817氏}，\ue864，\ue816") == "玉{\U00020089氏}，\u9fbb，\U00020087"
+    assert Control().clean("图\ue814标\ue865") == "图标"
+    assert Control(private_use="keep").clean("\ue814\ue81e") == "\ue814\u9fb4"
