@@ -2,7 +2,7 @@
 
     python tools/fetch_sample_corpus.py --output-dir data --sources all
     python benchmarks/data.py --corpus data                     # all of it, about a quarter of an hour
-    python benchmarks/data.py --corpus data --only cleaning
+    python benchmarks/data.py --corpus data --only cleaning rules
 
 Cleaning runs on WuDao-shaped parts of three kinds of text, each repeated to --megabytes with another last sentence, so
 that near no document is a duplicate: `prose` (news and a novel, 2 KB a document, half of what WuDao's have), `short`
@@ -16,7 +16,8 @@ wall-clock time is printed for --workers 1 and 2.
   ours              tools/clean_wudao.py with the recipes pai and wudao-default, the latter without deduplication, with
                     exact and with near deduplication
 
-The rest is printed by benchmarks/dedup_rates.py, benchmarks/tokenizer.py and benchmarks/preprocess.py.
+`rules` prints what each rule of wudao-default costs on each kind of text. The rest is printed by
+benchmarks/dedup_rates.py, benchmarks/tokenizer.py and benchmarks/preprocess.py.
 """
 
 import argparse
@@ -37,6 +38,8 @@ import zstandard
 
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import ToolParser, run_tool
+from megatron_moe.data.wudao.profile import cost_table, profile_recipe
+from megatron_moe.data.wudao.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
 CLEANER = HERE.parent / "tools" / "clean_wudao.py"
@@ -48,7 +51,9 @@ OTHERS = {
     "preprocessing": ("Preprocessing", "preprocess.py", "--input"),
 }
 TEXTS = (*KINDS, "all")
-STEPS = ("cleaning", *OTHERS)
+STEPS = ("cleaning", "rules", *OTHERS)
+# Documents of a kind that the rules are measured on.
+MEASURED = 5000
 SETTINGS = {
     "ours, pai": ["--recipe", "pai"],
     "ours, wudao-default, no dedup": ["--dedup", "none"],
@@ -80,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--corpus {args.corpus}: holds no train.jsonl; make it with tools/fetch_sample_corpus.py")
     if "cleaning" in args.only:
         cleaning(args.corpus, args.texts, args.megabytes)
+    if "rules" in args.only:
+        rules(train)
     for step, (heading, script, flag) in OTHERS.items():
         if step in args.only:
             print(f"\n## {heading}\n", flush=True)
@@ -113,6 +120,18 @@ def cleaning(corpus: Path, texts: Sequence[str], megabytes: int) -> None:
                     f"| {text}, {size / 1e6:.0f} MB | {side} | {rate:.1f} | {walls[0]:.1f} | {walls[1]:.1f} |",
                     flush=True,
                 )
+
+
+def rules(train: Path) -> None:
+    """Print what each rule costs, by kind of text."""
+    recipe = load_recipe("wudao-default")
+    texts: dict[str, list[str]] = {}
+    for record in map(orjson.loads, train.open("rb")):
+        texts.setdefault(record["dataType"], []).append(record["text"])
+    for kind, documents in texts.items():
+        measured = documents[:MEASURED]
+        print(f"\n## Rules, {kind}: {len(measured):,} documents\n", flush=True)
+        print(cost_table(profile_recipe(recipe, measured), measured), flush=True)
 
 
 def write_repeated(train: Path, kinds: Sequence[str], folder: Path, size: int) -> list[Path]:

@@ -94,13 +94,18 @@ def test_data_prints_every_side_of_the_cleaner(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     (corpus / "wudao").mkdir(parents=True)
     texts = documents(300)
-    write_jsonl(corpus / "train.jsonl", texts)
+    lines = [json.dumps({"text": text, "dataType": "新闻"}, ensure_ascii=False) for text in texts]
+    (corpus / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     records = [{"id": number, "dataType": "新闻", "content": text} for number, text in enumerate(texts)]
     (corpus / "wudao" / "part-00000.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    command = [sys.executable, "benchmarks/data.py", "--corpus", str(corpus), "--only", "cleaning", "--texts", "all"]
+    command = [sys.executable, "benchmarks/data.py", "--corpus", str(corpus), "--texts", "all"]
+    command += ["--only", "cleaning", "rules"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| all")]
     assert rows == ["orjson + zstd", "PAI's design"] + [
         f"ours, {name}" for name in ("pai", "wudao-default, no dedup", "wudao-default, exact", "wudao-default, near")
     ]
+    costs = [line for line in done.stdout.splitlines() if line.startswith("| ") and line.endswith(" |")]
+    assert any(line.startswith("| whitespace | ") for line in costs)
+    assert any(line.startswith("| whole recipe | ") for line in costs)
