@@ -15,7 +15,7 @@ Ids: 0-3 unk, bos, eos, pad; 4 <eod>; 5 <sep>; 6 <mask>; 7-10 <|system|> <|user|
 reserved; then the newline, user symbols, 256 bytes and the learned pieces. No text becomes one of the ids below 32.
 
 Training itself cannot be resumed: a killed run begins it again, but does not read the input again. SentencePiece's
-memory is 34 (for 100 MB) to 47 times (for 35 MB) the sample's bytes; --split-by-unicode-script takes a fifth less.
+memory is 34 (for 100 MB) to 58 times (for 35 MB) the sample's bytes; --split-by-unicode-script takes a fifth less.
 """
 
 from collections.abc import Sequence
