@@ -84,8 +84,10 @@ def test_recompute_counts_every_token_once(
     expected = one_process["aux and z"]
     assert curve.loads == expected.loads
     assert all(sum(load[layer]) == 2 * 2 * 32 for load in expected.loads for layer in (2, 4))
-    assert curve.aux_losses == expected.aux_losses
-    assert curve.z_losses == expected.z_losses
+    # Counted twice they would be twice as large. Recomputed experts add up their gradients in another order: from the
+    # second step on the last bit of a number may differ.
+    assert curve.aux_losses == pytest.approx(expected.aux_losses, rel=1e-6)
+    assert curve.z_losses == pytest.approx(expected.z_losses, rel=1e-6)
 
 
 def test_evaluation_is_not_counted(tiny_data: Path, one_process: dict[str, Curve]) -> None:
