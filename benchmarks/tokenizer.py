@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = prepare(args.corpus, folder, int(args.megabytes * 1e6))
-        print(f"{size / 1e6:.1f} MB of text, {args.vocab_size} pieces")
+        print(f"{size / 1e6:.1f} MB of text, {args.vocab_size} pieces", flush=True)
         sides: dict[str, list[dict[str, float]]] = {"bare": [], "ours": []}
         for turn in range(args.repeats):
             sides["bare"].append(apart(bare, folder, args.vocab_size))
@@ -102,7 +102,11 @@ def prepare(corpus: Sequence[Path], folder: Path, size: int) -> int:
 def apart(side: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
     """Run one side in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(side, arguments)
+        result = pool.apply(side, arguments)
+        # Leaving the block alone would kill the process with what it has printed and not written yet.
+        pool.close()
+        pool.join()
+    return result
 
 
 def bare(folder: Path, vocab_size: int) -> dict[str, float]:
@@ -131,7 +135,7 @@ def ours(folder: Path, vocab_size: int, turn: int) -> dict[str, float]:
     )
     used, wall = _cpu() - started[1], time.perf_counter() - started[0]
     timings: dict[str, Any] = json.loads((output / "timings.json").read_bytes())
-    print(f"  ours: {timings['seconds']}")
+    print(f"  ours: {timings['seconds']}", flush=True)
     return {"cpu": used, "wall": wall, "peak": timings["trainer_peak_bytes"], "reader": timings["own_peak_bytes"]}
 
 
