@@ -149,8 +149,13 @@ def test_help_begins_with_an_example_and_explains_every_flag(capsys: pytest.Capt
     assert "--lr-decay-style {constant,linear,cosine,inverse-square-root,WSD}" in text
 
 
-def test_the_example_of_help_is_valid() -> None:
-    _run("--recipe tiny-cpu --data-path data/sample --tokenizer-model data/bpe.model --save runs/tiny")
+def test_the_example_of_help_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _run("--help")
+    example = capsys.readouterr().out.splitlines()[1]
+    run = _run(example.split("megatron_moe.pretrain ")[1])
+    assert run.data.tokenizer_model == "data/tokenizer/tokenizer.model"
+    assert run.checkpoint.save == "runs/tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
