@@ -31,7 +31,6 @@ RENAMED: dict[str, str] = {
 
 EXPANDED: dict[str, tuple[str, ...]] = {
     "--disable-moe-token-dropping": ("--moe-expert-capacity-factor", "none"),
-    "--use-expert-residual-network": ("--mlp-type", "residual"),
     "--checkpoint-activations": (
         *("--recompute-granularity", "full"),
         *("--recompute-method", "uniform"),
@@ -44,6 +43,9 @@ EXPANDED: dict[str, tuple[str, ...]] = {
 """A switch of theirs -> the flags of ours that it stands for."""
 
 _PLAIN_ROUTER = ("--router", "topk")
+# PAI's released layer is the identity (its margin is fixed at 1); what its name promises is a margin of 2.
+_LARGE_MARGIN = ("--router", "large-margin", "--router-margin-type", "lsoftmax")
+_STRATEGIES = {"normal": _PLAIN_ROUTER, "standard": _PLAIN_ROUTER, "lsoftmax": _LARGE_MARGIN}
 VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "--tokenizer-type": {
         "ChineseBPETokenizer": ("--tokenizer-type", "SentencePieceTokenizer"),
@@ -51,10 +53,11 @@ VALUES: dict[str, dict[str, tuple[str, ...]]] = {
         "Llama2Tokenizer": ("--tokenizer-type", "SentencePieceTokenizer"),
         "HFTokenizer": ("--tokenizer-type", "HuggingFaceTokenizer"),
     },
-    "--top-k-linear-strategy": {"normal": _PLAIN_ROUTER, "standard": _PLAIN_ROUTER},
-    "--moe-linear-layer-type": {"standard": ("--mlp-type", "standard")},
+    "--top-k-linear-strategy": _STRATEGIES,
+    "--moe-linear-layer-type": _STRATEGIES,
     "--noisy-gate-policy": {
         "Jitter": ("--moe-input-jitter-eps", "0.01"),
+        "RSample": ("--moe-router-noise", "rsample"),
         "None": ("--moe-input-jitter-eps", "none"),
     },
 }
@@ -97,8 +100,6 @@ REFUSED: dict[str, str] = {
     "--deepspeed-activation-checkpointing": _RECOMPUTE,
     # experts
     "--moe-eval-capacity-factor": "remove it; generation and scoring drop no tokens",
-    "--moe-min-capacity": "remove it; an expert's capacity has no lower limit in megatron-core (tokens x "
-    "top-k / experts x --moe-expert-capacity-factor, rounded up)",
     "--create-moe-param-group": _ALWAYS,
     "--use-tutel": "remove it; megatron-core's dispatcher is used (--moe-token-dispatcher-type)",
     "--moe-grouped-gemm": "remove it; python -m megatron_moe.doctor says what computes the experts",
@@ -177,8 +178,6 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     "--tokenizer-type": {
         "BertWordPieceLowerCase": "a decoder needs a tokenizer with an end-of-document token",
     },
-    "--top-k-linear-strategy": {"lsoftmax": "the large-margin router is not available; use --router topk"},
-    "--noisy-gate-policy": {"RSample": "Gumbel noise on the choice is not available; use --moe-input-jitter-eps"},
 }
 """A value of theirs that has no counterpart here -> what to do."""
 

@@ -52,6 +52,18 @@ class ModelConfig:
     """An output projection of its own instead of the transposed embedding."""
     qk_layernorm: bool = False
     """Normalise every query and key head before the dot product."""
+    attention_weight_reuse_prob: float = 1.0
+    """Probability that a layer computes its attention weights; otherwise it takes those of the layer before (HunYuan
+    1T: 0.5). Drawn for every layer and micro-batch, in training only. 1: every layer computes."""
+    attention_weight_reuse_span: int | None = None
+    """Layers 1, K+1, 2K+1, ... always compute their attention weights. Default: layer 1 only."""
+    cla_share_factor: int = 1
+    """Cross-layer attention (Hunyuan-Large: 2): layers 1, K+1, 2K+1, ... have keys and values, the layers after them
+    use theirs. 1: every layer has its own."""
+    num_domains: int | None = None
+    """Domains of the text: the token files hold one for every document (tools/preprocess_data.py --domain-key)."""
+    domain_embedding: bool = False
+    """Add a learned vector of the token's domain to its embedding (PanGu-Sigma)."""
     attention_dropout: float = 0.1
     """Dropout on the attention weights."""
     hidden_dropout: float = 0.1
@@ -84,7 +96,14 @@ class ModelConfig:
             "rotary_base",
             "vocab_size",
             "make_vocab_size_divisible_by",
+            "attention_weight_reuse_span",
+            "cla_share_factor",
+            "num_domains",
         )
+        reuse = self.attention_weight_reuse_prob
+        require(0.0 <= reuse <= 1.0, "attention_weight_reuse_prob", reuse, "in [0, 1]")
+        if self.domain_embedding and self.num_domains is None:
+            raise ConfigError("--domain-embedding: needs --num-domains")
         for name in (
             "hidden_size",
             "ffn_hidden_size",

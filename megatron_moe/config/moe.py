@@ -12,6 +12,7 @@ from megatron_moe.config.base import (
     require_fraction,
     require_positive,
 )
+from megatron_moe.config.routers import RouterName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,16 @@ class MoEConfig:
     plain sum (the PR-MoE paper's text)."""
     moe_ffn_hidden_size: int | None = None
     """Width of an expert. Default: --ffn-hidden-size."""
-    router: Literal["topk"] = "topk"
-    """Which router assigns tokens to experts."""
+    moe_first_dense_layers: int = 0
+    """The first K layers are dense, whatever --expert-interval says."""
+    use_expert_residual_network: bool = False
+    """After the experts, a small residual network mixed in by the token's largest routing weight (PAI GPT-MoE)."""
+    expert_residual_layers: int = 6
+    """Blocks of that network."""
+    moe_expert_dropout: float = 0.0
+    """Dropout inside the experts, before their second layer (Switch Transformer's expert dropout)."""
+    router: RouterName = "topk"
+    """Which router assigns tokens to experts; docs/moe.md compares them."""
     moe_router_topk: int = 1
     """Experts per token."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -64,13 +73,17 @@ class MoEConfig:
     """Precision of the router's arithmetic."""
     moe_input_jitter_eps: float | None = None
     """Multiplies the router's input by U(1-eps, 1+eps) in training."""
+    moe_router_noise: Literal["none", "rsample"] = "none"
+    """Noise on the choice of experts in training: Gumbel noise added to the logits (DeepSpeed's and PAI's RSample)."""
     moe_expert_capacity_factor: float | None = None
     """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts. Default:
     dropless. Generation and scoring are always dropless."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity (needs --moe-expert-capacity-factor)."""
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
-    """Which tokens an over-full expert drops: the least probable or the last."""
+    moe_min_capacity: int = 0
+    """An expert accepts at least this many tokens of a micro-batch, whatever the capacity factor says."""
+    moe_token_drop_policy: Literal["probs", "position", "random"] = "probs"
+    """Which tokens an over-full expert drops: the least probable, the last, or any (random token selection)."""
     moe_shared_expert_intermediate_size: int | None = None
     """Width of an expert that every token passes through, beside the routed ones."""
     moe_shared_expert_gate: bool = False
@@ -82,13 +95,16 @@ class MoEConfig:
         require_positive(
             self,
             "expert_interval",
+            "expert_residual_layers",
             "moe_ffn_hidden_size",
             "moe_router_topk",
             "moe_router_num_groups",
             "moe_router_group_topk",
             "moe_shared_expert_intermediate_size",
         )
-        require_fraction(self, "moe_input_jitter_eps")
+        require_fraction(self, "moe_input_jitter_eps", "moe_expert_dropout")
+        for name in ("moe_first_dense_layers", "moe_min_capacity"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"):
             value = getattr(self, name)
             require(value is None or value >= 0.0, name, value, "at least 0")
@@ -114,6 +130,10 @@ class MoEConfig:
             raise ConfigError(
                 f"--moe-layer-freq and --expert-interval {self.expert_interval}: give one of them "
                 "(--expert-interval 1 is the default)"
+            )
+        if self.moe_layer_freq is not None and self.moe_first_dense_layers:
+            raise ConfigError(
+                f"--moe-layer-freq and --moe-first-dense-layers {self.moe_first_dense_layers}: give one of them"
             )
         if self.mlp_type == "residual" and self.num_experts is None:
             raise ConfigError("--mlp-type residual: needs --num-experts")
@@ -218,10 +238,12 @@ class MoEConfig:
     def _moe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Numbers of the MoE layers, counted from 1; at least one."""
         pattern = self.moe_layer_freq
+        first = self.moe_first_dense_layers
         if pattern is None:
             layers = tuple(range(self.expert_interval, num_layers + 1, self.expert_interval))
             require(len(layers) > 0, "expert_interval", self.expert_interval, f"at most --num-layers {num_layers}")
-            return layers
+            require(first < layers[-1], "moe_first_dense_layers", first, f"less than {layers[-1]}, the last MoE layer")
+            return tuple(number for number in layers if number > first)
         legal = f"one 0 (dense) or 1 (MoE) for each of the {num_layers} layers, with at least one 1"
         valid = len(pattern) == num_layers and set(pattern) <= {0, 1} and 1 in pattern
         require(valid, "moe_layer_freq", pattern, f"{legal}; got {len(pattern)} numbers")

@@ -40,6 +40,13 @@ class OptimizerConfig:
     """Adam's decay of the second moment."""
     adam_eps: float = 1e-8
     """Adam's epsilon."""
+    expert_lr_scale: str | None = None
+    """Learning rate of the routed experts, as a factor on --lr: a number, or `auto` (Hunyuan-Large's rule for the
+    smaller batch that an expert sees). Default: the same as the rest."""
+    batch_noise_ratio: float = 0.26
+    """For `auto`: global batch over the batch of the gradient noise scale; 0.26 gives Hunyuan-Large's 0.31."""
+    expert_adam_eps: float | None = None
+    """Adam's epsilon for the routed experts (PanGu-Sigma: 1e-20). Default: --adam-eps."""
     sgd_momentum: float = 0.9
     """SGD's momentum."""
 

@@ -9,6 +9,7 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.optimizer import OptimizerConfig
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.training import TrainingConfig
 
 
@@ -67,6 +68,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

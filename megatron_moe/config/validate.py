@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
 from megatron_moe.config.moe import check_expert_parallel
+from megatron_moe.config.routing import check_routing
 from megatron_moe.config.run import RunConfig
 
 
@@ -23,6 +24,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_pipeline(run)
     _check_sequence(run)
     _check_dense(run)
+    check_routing(run.moe, run.routing)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
     _check_optimizer(run)

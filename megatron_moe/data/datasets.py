@@ -30,7 +30,7 @@ from megatron_moe.data.tokenizer.load import Tokenizer
 from megatron_moe.runtime.signals import leave_signals_to_parent
 
 Batch = dict[str, torch.Tensor]
-_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "samples")
 _SPLITS = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
 
 
@@ -215,7 +215,8 @@ def build_data_iterator(
         pin_memory: put batches into page-locked memory, for copies to a GPU.
 
     Yields:
-        CPU tensors [B, S]: tokens, labels and position_ids int64, loss_mask float32.
+        CPU tensors [B, S]: tokens, labels and position_ids int64, loss_mask float32; and [B]: samples int64, their
+        numbers in the stream.
     """
     loader = DataLoader(
         dataset,

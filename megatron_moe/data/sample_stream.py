@@ -37,6 +37,8 @@ class Place(NamedTuple):
 class SampleStream(Dataset[Sample]):
     """Endless samples of one split: index it with any number from 0 on; it has no length.
 
+    A sample is what megatron-core's GPTDataset makes of it, and `samples`, its number here.
+
     Args:
         epochs: one epoch of each file.
         weights: shares of the files; only their ratios matter.
@@ -64,7 +66,7 @@ class SampleStream(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         place = self.locate(position)
-        return self._epochs[place.file][place.sample]
+        return self._epochs[place.file][place.sample] | {"samples": torch.tensor(position)}
 
 
 def blend_order(weights: Sequence[float], length: int = PATTERN_LENGTH) -> BlendOrder:

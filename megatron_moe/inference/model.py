@@ -25,6 +25,7 @@ from megatron_moe.inference.options import LoadOptions
 from megatron_moe.inference.saved_model import SavedModel, open_checkpoint
 from megatron_moe.model.gpt import build_model
 from megatron_moe.model.transformer_config import DTYPES
+from megatron_moe.moe.inputs import pack_inputs
 from megatron_moe.runtime.distributed import environment_world_size, start
 
 
@@ -215,7 +216,11 @@ class InferenceModel:
             positions_BS = torch.arange(ids_BS.shape[1], device=self.device).expand_as(ids_BS)
         if not self._first:
             self._chunk.set_input_tensor(self._receive(ids_BS.shape))
-        output = self._chunk(ids_BS, positions_BS.to(self.device), None, **options)
+        rows_B = torch.arange(ids_BS.shape[0], device=self.device)
+        # Routers are not told of `positions_BS`, which may start afresh within a row.
+        context = options.get("inference_context")
+        inputs = pack_inputs(ids_BS, rows_B, first_place=0 if context is None else context.sequence_len_offset)
+        output = self._chunk(ids_BS, positions_BS.to(self.device), None, padding_mask=inputs, **options)
         if self._last:
             return output
         group = parallel_state.get_pipeline_model_parallel_group()

@@ -1,4 +1,9 @@
-"""Builds the GPT of a run through megatron-core's `GPTModel`, on the ranks where it belongs."""
+"""Builds the GPT of a run: megatron-core's `GPTModel`, whose layers also learn which tokens they work on.
+
+Shape legend: B = sequences, S = their tokens on this rank, K = channels of `moe/inputs.py`.
+"""
+
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,17 +16,42 @@ from megatron_moe.model.init import initialize_weights
 from megatron_moe.model.specs import block_spec
 from megatron_moe.model.transformer_config import PyramidTransformerConfig, build_transformer_config
 from megatron_moe.moe import expert_bias
+from megatron_moe.moe.layer import moe_layers
+from megatron_moe.moe.routers.base import RouterStart
 from megatron_moe.runtime import replace
 
-type GptChunk = GPTModel | Float16Module
+type GptChunk = PyramidGpt | Float16Module
+
+
+class PyramidGpt(GPTModel):
+    """`GPTModel` that hands the routing inputs to its layers, on every pipeline stage.
+
+    `forward(..., padding_mask=)` takes them, [B, S, K] as `moe/inputs.py` packs them: the argument reaches every layer,
+    and through every kind of recompute, by upstream's own code (`models/gpt/gpt_model.py:GPTModel.forward`,
+    `recompute.py:checkpointed_forward`, `transformer_layer.py:TransformerLayer._forward_mlp`).
+    """
+
+    def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Upstream's, and this tensor-parallel rank's part of the routing inputs.
+
+        Upstream cuts a padding mask up on the first pipeline stage only, and wants it to have no channels.
+        """
+        outputs = super()._preprocess(*args, padding_mask=None, **kwargs)
+        if padding_mask is None:
+            return outputs
+        inputs_BSK = padding_mask
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            inputs_BSK = inputs_BSK.chunk(group.size(), dim=1)[group.rank()]
+        return (*outputs[:5], inputs_BSK, *outputs[6:])
 
 
 def build_chunk(
     run: RunConfig, config: PyramidTransformerConfig, vp_stage: int | None, *, initialize: bool
-) -> GPTModel:
+) -> PyramidGpt:
     """One model chunk of this rank: a pipeline stage, or a virtual stage of it."""
     model = run.model
-    chunk = GPTModel(
+    chunk = PyramidGpt(
         config=config,
         transformer_layer_spec=block_spec(config, model.attention_backend, vp_stage),
         vocab_size=model.padded_vocab_size,
@@ -37,6 +67,8 @@ def build_chunk(
     )
     if initialize:
         initialize_weights(chunk, seed=run.training.seed, std=model.init_method_std, num_layers=model.num_layers)
+        for layer in moe_layers(chunk):
+            layer.router.start_run(RouterStart(run.training.seed, model.padded_vocab_size, token_counts=None))
     return chunk
 
 

@@ -18,7 +18,7 @@ OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_layers: int) -> None:
-    """Fill every parameter of one model chunk in place.
+    """Fill every parameter of one model chunk in place; buffers stay as they were built.
 
     Matrices and embeddings are normal with `std`; matrices that write into the residual stream with
     std / sqrt(2 * num_layers) (GPT-2, Megatron-LM); norm weights are 1, biases 0.
@@ -33,6 +33,7 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
         RuntimeError: a parameter is not covered by the sharded state dict.
     """
     covered: set[int] = set()
+    buffers = {buffer.data_ptr() for buffer in model.buffers()}
     for entry in _leaves(model.sharded_state_dict()):  # type: ignore[operator]
         if isinstance(entry, ShardedTensorFactory):
             # A gated fc1: its gate and up halves are stored apart; their shards are views of the parameter.
@@ -40,6 +41,8 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
             for part in _leaves(entry.build()):
                 _fill(part, seed, std, num_layers)
         elif isinstance(entry, ShardedTensor) and entry.data is not None and entry.data.is_floating_point():
+            if entry.data.data_ptr() in buffers:
+                continue
             covered.add(entry.data.data_ptr())
             _fill(entry, seed, std, num_layers)
     for name, parameter in model.named_parameters():

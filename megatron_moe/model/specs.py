@@ -31,7 +31,7 @@ from megatron_moe.model.norms import build_norm
 from megatron_moe.model.transformer_config import PyramidTransformerConfig
 from megatron_moe.moe.experts import sequential_experts
 from megatron_moe.moe.layer import PyramidMoELayer, PyramidMoESubmodules
-from megatron_moe.moe.routers import ROUTERS
+from megatron_moe.moe.routers import router_class
 
 
 class LocalBackend(LocalSpecProvider):
@@ -133,7 +133,7 @@ def moe_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider) -> 
         submodules=PyramidMoESubmodules(
             experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
             shared_experts=partial(SharedExpertMLP, submodules=mlp),
-            router=ROUTERS[config.router_type],
+            router=router_class(config.router_type),
             residual=mlp,
         ),
     )

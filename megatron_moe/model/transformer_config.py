@@ -6,13 +6,15 @@ set. Everything inside an MoE layer reads its count from the config it was built
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
@@ -30,7 +32,15 @@ class PyramidTransformerConfig(TransformerConfig):
     residual_combine: str = "softmax"
     """`softmax` or `add`."""
     router_type: str = "topk"
-    """Key into `megatron_moe.moe.routers.ROUTERS`."""
+    """Key into `megatron_moe.config.routers.ROUTERS`."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """Flags of single routers."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Flags of the experts that upstream's config has no field for."""
+    seed: int = 0
+    """Of the run, for random numbers that belong to tokens (`moe/token_random.py`)."""
+    vocab_rows: int = 0
+    """Token ids a router may meet: the padded vocabulary; 0 where a test builds parts without one."""
 
     def __post_init__(self) -> None:
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
@@ -109,6 +119,10 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         **(_experts(run, inference) if has_experts else {}),
         heterogeneous_block_specs=has_experts,
         experts_per_layer=layout.experts_per_layer,
+        routing=run.routing,
+        moe=run.moe,
+        seed=training.seed,
+        vocab_rows=model.padded_vocab_size if model.vocab_size else 0,
     )
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.inputs import unpack_inputs
 from megatron_moe.moe.residual import ResidualMlp
 
 
@@ -51,6 +53,9 @@ class PyramidMoELayer(MoELayer):
             assert submodules.residual is not None
             assert pg_collection is not None
             self.residual = ResidualMlp(config, submodules.residual, pg_collection)
+        # Done here, with the routing inputs as an argument of their own: upstream's would take them for a mask.
+        self._recompute = bool(self.moe_layer_recompute)
+        self.moe_layer_recompute: bool = False
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
@@ -60,15 +65,23 @@ class PyramidMoELayer(MoELayer):
         Args:
             hidden_states: [S, B, H].
             intermediate_tensors: must be None (upstream's CUDA graphs).
-            padding_mask: must be None.
+            padding_mask: what routers know of the tokens, [B, S, K] of `moe/inputs.py`, or None. Sequences are packed:
+                there is no padding.
 
         Returns:
             [S, B, H], and no bias.
         """
-        routed_SBH, bias = super().forward(hidden_states, intermediate_tensors, padding_mask)
-        if self.residual is None:
-            return routed_SBH, bias
-        return self.residual(hidden_states, routed_SBH), None
+        assert intermediate_tensors is None
+        if self._recompute and self.training:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, padding_mask), None
+        return self._forward(hidden_states, padding_mask), None
+
+    def _forward(self, hidden_SBH: Tensor, inputs_BSK: Tensor | None) -> Tensor:
+        self.router.inputs = None if inputs_BSK is None else unpack_inputs(inputs_BSK)
+        routed_SBH, bias = super().forward(hidden_SBH)
+        self.router.inputs = None
+        assert bias is None
+        return routed_SBH if self.residual is None else self.residual(hidden_SBH, routed_SBH)
 
 
 def moe_layers(model: torch.nn.Module) -> list[PyramidMoELayer]:

@@ -22,7 +22,9 @@ class LayerLoad:
     tokens: list[int]
     """Token assignments that each expert processed."""
     dropped: int
-    """Assignments that found their expert full."""
+    """Assignments that found their expert full and were not made."""
+    recycled: int = 0
+    """Assignments that found their expert full and went to another."""
 
 
 def collect_loads(model: list[torch.nn.Module], experts_per_layer: tuple[int, ...]) -> list[LayerLoad]:
@@ -33,17 +35,17 @@ def collect_loads(model: list[torch.nn.Module], experts_per_layer: tuple[int, ..
         experts_per_layer: [L], 0 for dense layers.
     """
     width = max(experts_per_layer)
-    loads = torch.zeros(len(experts_per_layer), width + 1, dtype=torch.float64, device=torch.cuda.current_device())
+    loads = torch.zeros(len(experts_per_layer), width + 2, dtype=torch.float64, device=torch.cuda.current_device())
     for chunk in model:
         for layer in moe_layers(chunk):
             counters = layer.router.take_load()
             assert layer.layer_number is not None
-            loads[layer.layer_number - 1, : counters.numel() - 1] = counters[:-1]
-            loads[layer.layer_number - 1, -1] = counters[-1]
+            loads[layer.layer_number - 1, : counters.numel() - 2] = counters[:-2]
+            loads[layer.layer_number - 1, -2:] = counters[-2:]
     dist.all_reduce(loads, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(loads, group=parallel_state.get_pipeline_model_parallel_group())
     return [
-        LayerLoad(layer=number, tokens=[int(n) for n in row[:count].tolist()], dropped=int(row[-1]))
+        LayerLoad(number, [int(n) for n in row[:count].tolist()], dropped=int(row[-2]), recycled=int(row[-1]))
         for number, (row, count) in enumerate(zip(loads, experts_per_layer, strict=True), 1)
         if count
     ]

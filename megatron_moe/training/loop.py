@@ -28,6 +28,7 @@ from megatron_moe.model.flops import training_flops_per_token
 from megatron_moe.model.gpt import build_model
 from megatron_moe.moe.layout import expert_layout
 from megatron_moe.moe.metrics import collect_aux_losses, collect_loads, discard_metrics
+from megatron_moe.moe.steps import StepClock
 from megatron_moe.runtime.distributed import World
 from megatron_moe.runtime.launch import another_rank_failed
 from megatron_moe.runtime.seeds import set_seeds
@@ -52,6 +53,7 @@ class Trainer:
     scheduler: Any
     progress: Progress
     datasets: Datasets
+    clock: StepClock
 
     @classmethod
     def build(cls, run: RunConfig, world: World) -> "Trainer":
@@ -76,7 +78,9 @@ class Trainer:
         scheduler = build_scheduler(run, optimizer, schedule, steps)
         progress = load_checkpoint(run, model, optimizer, scheduler) if resume else Progress()
         _keep_data(progress, _present(datasets.train).identity)
-        return cls(run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets)
+        return cls(
+            run, world, tokenizer, schedule, steps, model, optimizer, scheduler, progress, datasets, StepClock(model)
+        )
 
     def train(self, reporter: Reporter | None = None) -> signal.Signals | None:
         """Run to the last step, or until the time given is over, or until SIGTERM or SIGINT; save at the end.
@@ -118,7 +122,9 @@ class Trainer:
         progress, began = self.progress, time.monotonic()
         count = self.schedule.micro_batches(progress.consumed_samples)
         samples = self.schedule.batch_size(progress.consumed_samples)
+        self.clock.begin(progress.step)
         result = train_step(self.run, self.model, self.optimizer, batches, count)
+        self.clock.finish(skipped=result.skipped)
         progress.step += 1
         progress.consumed_samples += samples
         progress.skipped_steps += result.skipped

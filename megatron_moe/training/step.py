@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.expert_bias import remember_expert_biases
+from megatron_moe.moe.inputs import pack_inputs
 
 Batch = dict[str, Tensor]
 
@@ -43,7 +44,7 @@ class StepResult:
 
 
 def context_parallel_slice(batch: Batch) -> Batch:
-    """This rank's part of every [B, S] tensor: chunks r and 2C-1-r of 2C, so that causal work is balanced."""
+    """This rank's part of every [B, S, ...] tensor: chunks r and 2C-1-r of 2C, so that causal work is balanced."""
     ranks = parallel_state.get_context_parallel_world_size()
     if ranks == 1:
         return batch
@@ -65,8 +66,9 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     """Forward pass of one micro-batch through one model chunk."""
     device = torch.cuda.current_device()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    batch = context_parallel_slice(batch)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    inputs = pack_inputs(batch["tokens"], batch.pop("samples"), domains_BS=batch.pop("domains", None))
+    batch = context_parallel_slice(batch | {"inputs": inputs})
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], padding_mask=batch["inputs"])
     return output, partial(next_token_loss, batch["loss_mask"])
 
 

@@ -41,6 +41,8 @@ def _run(words: str) -> RunConfig:
         ("--micro-batch 2", "--micro-batch-size 2"),
         ("--use-expert-residual-network --num-experts 4", "--mlp-type residual --num-experts 4"),
         ("--top-k-linear-strategy normal", "--router topk"),
+        ("--top-k-linear-strategy lsoftmax --num-experts 4", "--router large-margin --num-experts 4"),
+        ("--noisy-gate-policy RSample --num-experts 4", "--moe-router-noise rsample --num-experts 4"),
         ("--noisy-gate-policy Jitter", "--moe-input-jitter-eps 0.01"),
         (
             "--checkpoint-activations",
@@ -93,8 +95,7 @@ def test_the_zeroclue_script() -> None:
         ("--moe-eval-capacity-factor 1.0", "generation and scoring drop no tokens"),
         ("--tokenizer-type=BertWordPieceLowerCase", "--tokenizer-type BertWordPieceLowerCase: a decoder needs"),
         ("--merge-file a", "--merge-file: belongs to --tokenizer-type GPT2BPETokenizer, not to SentencePieceTokenizer"),
-        ("--top-k-linear-strategy lsoftmax", "the large-margin router is not available"),
-        ("--top-k-linear-strategy other", "--top-k-linear-strategy other: must be one of normal, standard"),
+        ("--top-k-linear-strategy other", "--top-k-linear-strategy other: must be one of normal, standard, lsoftmax"),
         ("--lr-warmup-tokens 375e6", "--lr-warmup-tokens: use --lr-warmup-iters"),
     ],
 )

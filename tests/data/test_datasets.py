@@ -49,7 +49,8 @@ def test_a_batch_holds_shifted_labels(tmp_path: Path) -> None:
     dataset = build_datasets(run, TOKENIZER, train=True).train
     assert dataset is not None
     batch = next(build_data_iterator(dataset, consumed_samples=0, micro_batch_size=3, dp_rank=0, dp_size=1))
-    assert list(batch) == ["tokens", "labels", "loss_mask", "position_ids"]
+    assert list(batch) == ["tokens", "labels", "loss_mask", "position_ids", "samples"]
+    assert batch.pop("samples").tolist() == [0, 1, 2]
     assert all(tensor.shape == (3, SEQ) for tensor in batch.values())
     types = [tensor.dtype for tensor in batch.values()]
     assert types == [torch.int64, torch.int64, torch.float32, torch.int64]

@@ -149,9 +149,11 @@ def train_and_gather(run: RunConfig, change: Callable[[Any], None] | None = None
         change(trainer)
     batches = trainer._training_batches()
     losses, norms, loads = [], [], {}
-    for _ in range(trainer.steps):
+    for step in range(trainer.steps):
         count = trainer.schedule.micro_batches(0)
+        trainer.clock.begin(step)
         result = train_step(trainer.run, trainer.model, trainer.optimizer, batches, count)
+        trainer.clock.finish(skipped=result.skipped)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         layout = expert_layout(trainer.run)

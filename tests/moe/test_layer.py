@@ -215,7 +215,7 @@ def compare(flags: dict[str, Any]) -> dict[str, Any]:
     sizes = {
         name: 0.0 if b is None else float(b.abs().max()) for name, b in zip(["output", *names], theirs, strict=True)
     }
-    return {"errors": errors, "sizes": sizes, "load": counters, "expected load": [*load, dropped]}
+    return {"errors": errors, "sizes": sizes, "load": counters, "expected load": [*load, dropped, 0]}
 
 
 def compare_all() -> dict[str, dict[str, Any]]:
@@ -249,8 +249,8 @@ def test_capacity_bounds_every_expert(name: str, compared: dict[str, dict[str, A
     flags, load = CASES[name], compared[name]["load"]
     topk, count = flags.get("moe_router_topk", 1), flags.get("num_experts", (E,))[-1]
     capacity = math.ceil(T * topk / count * flags["moe_expert_capacity_factor"])
-    assert max(load[:-1]) == capacity, "no expert was full: this test proves nothing"
-    assert load[-1] == T * topk - sum(load[:-1]) > 0
+    assert max(load[:-2]) == capacity, "no expert was full: this test proves nothing"
+    assert load[-2] == T * topk - sum(load[:-2]) > 0
 
 
 def dropped_tokens() -> list[bool]:
@@ -386,10 +386,10 @@ def route_by_sinkhorn() -> dict[str, Any]:
 def test_sinkhorn_routes_every_token() -> None:
     for topk, (load, finite) in run_ranks(1, route_by_sinkhorn)[0].items():
         assert finite
-        assert sum(load[:-1]) == T * int(topk)
-        assert load[-1] == 0
+        assert sum(load[:-2]) == T * int(topk)
+        assert load[-2:] == [0, 0]
         # It balances: no expert has more than half as much again as its share.
-        assert max(load[:-1]) <= 1.5 * T * int(topk) / E
+        assert max(load[:-2]) <= 1.5 * T * int(topk) / E
 
 
 def wrong_count() -> str:

@@ -1,5 +1,12 @@
-"""Routers by name (`--router`). A router is one file, one class, one line here."""
+"""Routers by name (`--router`); the registry itself is `config/routers.py`."""
 
-from megatron_moe.moe.routers.topk import TopKRouter
+from importlib import import_module
+from typing import Any
 
-ROUTERS = {"topk": TopKRouter}
+from megatron_moe.config.routers import ROUTERS
+
+
+def router_class(name: str) -> Any:
+    """The class of a router in the registry."""
+    file, _, class_name = ROUTERS[name].partition(".")
+    return getattr(import_module(f"{__name__}.{file}"), class_name)

@@ -15,8 +15,10 @@ from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter as MegatronTopKRouter
 from torch import Tensor
 
+from megatron_moe.moe.routers.base import CountingRouter
 
-class TopKRouter(MegatronTopKRouter):
+
+class TopKRouter(CountingRouter, MegatronTopKRouter):
     """Top-k routing with megatron-core's scores, losses, expert bias and capacity.
 
     Upstream gives the router's linear layer a bias whenever the other layers have one; the GPT-MoE and PR-MoE
@@ -37,9 +39,7 @@ class TopKRouter(MegatronTopKRouter):
             router_config.moe_expert_capacity_factor = None
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         assert config.num_moe_experts is not None
-        counters = torch.zeros(config.num_moe_experts + 1, dtype=torch.float32, device=torch.cuda.current_device())
-        self.register_buffer("load_counters", counters, persistent=False)
-        self.load_counters: Tensor
+        self.start_counting(config.num_moe_experts)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route.
@@ -55,9 +55,9 @@ class TopKRouter(MegatronTopKRouter):
         if self._capacity_by_position is not None:
             map_NE = self._keep_first(map_NE)
             probs_NE = probs_NE * map_NE
-        if self.training and torch.is_grad_enabled():
-            # Under recompute the first pass has no gradients: each token is counted once.
-            self._count(probs_NE.detach(), map_NE)
+        padded = self.config.moe_pad_expert_input_to_capacity
+        kept_NE = map_NE & (probs_NE.detach() > 0) if padded else map_NE
+        self.count(kept_NE, dropped=map_NE.shape[0] * self.topk - kept_NE.sum())
         return probs_NE, map_NE
 
     @torch.no_grad()
@@ -79,14 +79,6 @@ class TopKRouter(MegatronTopKRouter):
         )
         return kept_NE
 
-    @torch.no_grad()
-    def _count(self, probs_NE: Tensor, map_NE: Tensor) -> None:
-        padded = self.config.moe_pad_expert_input_to_capacity
-        kept_NE = map_NE & (probs_NE > 0) if padded else map_NE
-        kept_E = kept_NE.sum(dim=0).to(torch.float32)
-        self.load_counters[:-1] += kept_E
-        self.load_counters[-1] += map_NE.shape[0] * self.topk - kept_E.sum()
-
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, aux_loss_name: str, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -102,15 +94,3 @@ class TopKRouter(MegatronTopKRouter):
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs
         )
-
-    def take_load(self) -> Tensor:
-        """Tokens per expert [E] and, last, dropped assignments since the last call, on this rank."""
-        counters = self.load_counters.clone()
-        self.load_counters.zero_()
-        return counters
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
-        """Keep the counters in fp32 when the module is converted to a half type: they count past 256."""
-        super()._apply(fn, recurse)
-        self.load_counters = self.load_counters.to(torch.float32)
-        return self

@@ -1,0 +1,117 @@
+"""Flags of single routers (`--router-...`), and which router knows which flag.
+
+A flag set for a router that does not know it is refused, as is a flag of `moe.py` that has no meaning for the router
+that was chosen: nothing is ignored.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_moe.config.base import ConfigError, flag_name, format_value, require, require_fraction, require_positive
+from megatron_moe.config.moe import MoEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Flags that belong to one router or two."""
+
+    router_margin_type: Literal["lsoftmax", "additive", "elsayed"] = "lsoftmax"
+    """large-margin: L-Softmax (PAI's released code), additive margin on the cosine, or the distance to the decision
+    boundary as a loss (Elsayed et al. 2018, the paper PAI cites)."""
+    router_margin: float | None = None
+    """large-margin: the margin. lsoftmax: an integer m from 1 (no margin) to 4, default 2; additive: a cosine, default
+    0.2; elsayed: a distance, default 1."""
+    router_margin_target: Literal["round_robin", "self", "balanced"] = "round_robin"
+    """large-margin: the expert a token is pulled to: number of the token modulo experts (PAI's released code), the
+    expert it would choose, or a balanced assignment."""
+    router_margin_gate: bool = False
+    """large-margin: weigh the experts' outputs with the margined scores too (PAI's released code). Default: the margin
+    decides on the choice and the balancing loss only."""
+    router_margin_beta: float = 100.0
+    """large-margin: weight of the plain logit beside the margined one at step 0."""
+    router_margin_beta_decay: float = 0.99
+    """large-margin: factor on that weight every step."""
+    router_margin_beta_min: float = 0.0
+    """large-margin: what the weight does not fall below."""
+    router_margin_scale: float | None = None
+    """large-margin, additive: length that replaces the norms of token and expert. Default: the norms themselves."""
+    router_margin_loss_coeff: float = 0.01
+    """large-margin, elsayed: weight of the margin loss."""
+    router_map: Literal["uniform", "balanced"] = "uniform"
+    """hash, random-routed: draw every token id's expert uniformly, or so that experts get equal shares of the text
+    (needs --router-token-counts)."""
+    router_token_counts: str | None = None
+    """hash, random-routed: how often each token id occurs, written by tools/preprocess_data.py counts. Read when a
+    run starts; checkpoints hold the map."""
+    router_domain_shares: tuple[int, ...] | None = None
+    """random-routed: experts of each domain, as shares; every layer's count must be a multiple of their sum. Default:
+    equal shares for the --num-domains domains."""
+    router_embedding_size: int = 64
+    """token-embedding: width of the routing embedding."""
+    router_embedding_shared: bool = True
+    """token-embedding: one routing embedding and one gate for all layers with the same number of experts."""
+    router_cutoff_decay: float = 0.99
+    """expert-choice: decay of the running mean of every expert's lowest accepted score, which decides outside of
+    training."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "router_embedding_size")
+        for name in ("router_margin_beta", "router_margin_beta_min", "router_margin_loss_coeff"):
+            require(getattr(self, name) >= 0.0, name, getattr(self, name), "at least 0")
+        decay = self.router_margin_beta_decay
+        require(0.0 < decay <= 1.0, "router_margin_beta_decay", decay, "greater than 0 and at most 1")
+        require_fraction(self, "router_cutoff_decay")
+
+
+KNOWN_BY: dict[str, tuple[str, ...]] = {
+    "router_margin": ("large-margin",),
+    "router_map": ("hash", "random-routed"),
+    "router_token_counts": ("hash", "random-routed"),
+    "router_domain_shares": ("random-routed",),
+    "router_embedding": ("token-embedding",),
+    "router_cutoff": ("expert-choice",),
+}
+"""Beginning of a field of `RoutingConfig` -> the routers that read it."""
+
+_GATE = (
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_enable_expert_bias",
+    "moe_router_bias_update_rate",
+    "moe_input_jitter_eps",
+    "moe_router_noise",
+)
+MEANINGLESS: dict[str, tuple[str, ...]] = {
+    "hash": _GATE,
+    "random-routed": _GATE,
+}
+"""Router -> fields of `MoEConfig` that it cannot use; they must keep their defaults."""
+
+
+def check_routing(moe: MoEConfig, routing: RoutingConfig) -> None:
+    """Refuse flags that the chosen router does not know.
+
+    Raises:
+        ConfigError: names the flag and the routers that have it.
+    """
+    for field in fields(routing):
+        value = getattr(routing, field.name)
+        routers = next(names for beginning, names in KNOWN_BY.items() if field.name.startswith(beginning))
+        if value != field.default and moe.router not in routers:
+            raise ConfigError(
+                f"{flag_name(field.name)} {format_value(value)}: belongs to --router {' or '.join(routers)}, "
+                f"not to {moe.router}"
+            )
+    unused = MEANINGLESS.get(moe.router, ())
+    for field in fields(moe):
+        value = getattr(moe, field.name)
+        if field.name in unused and value != field.default:
+            raise ConfigError(
+                f"{flag_name(field.name)} {format_value(value)}: has no meaning for --router {moe.router}"
+            )
