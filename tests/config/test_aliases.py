@@ -39,7 +39,6 @@ def _run(words: str) -> RunConfig:
         ("--zero-1-memory-optimization", "--use-distributed-optimizer"),
         ("--mixed-precision", "--fp16"),
         ("--micro-batch 2", "--micro-batch-size 2"),
-        ("--use-expert-residual-network --num-experts 4", "--mlp-type residual --num-experts 4"),
         ("--top-k-linear-strategy normal", "--router topk"),
         ("--top-k-linear-strategy lsoftmax --num-experts 4", "--router large-margin --num-experts 4"),
         ("--noisy-gate-policy RSample --num-experts 4", "--moe-router-noise rsample --num-experts 4"),
