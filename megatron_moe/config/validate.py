@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
 from megatron_moe.config.moe import check_expert_parallel
-from megatron_moe.config.routing import check_routing
+from megatron_moe.config.routing import check_domains, check_routing
 from megatron_moe.config.run import RunConfig
 
 
@@ -25,6 +25,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_sequence(run)
     _check_dense(run)
     check_routing(run.moe, run.routing)
+    check_domains(run.moe, run.routing, run.model.num_domains, experts_per_layer)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
     _check_optimizer(run)
@@ -186,6 +187,10 @@ def _check_optimizer(run: RunConfig) -> None:
     # megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.__init__
     if run.parallel.use_distributed_optimizer and run.optimizer.optimizer != "adam":
         raise ConfigError(f"--optimizer {run.optimizer.optimizer}: must be adam with --use-distributed-optimizer")
+    for name in ("expert_lr_scale", "expert_adam_eps"):
+        value = getattr(run.optimizer, name)
+        if value is not None and run.moe.num_experts is None:
+            raise ConfigError(f"{flag_name(name)} {value}: needs --num-experts")
 
 
 def _check_batch(run: RunConfig, replicas: int) -> None:

@@ -34,6 +34,7 @@ from megatron_moe.runtime.launch import another_rank_failed
 from megatron_moe.runtime.seeds import set_seeds
 from megatron_moe.runtime.signals import StopSignals
 from megatron_moe.training.batches import BatchSchedule, total_steps
+from megatron_moe.training.expert_lr import learning_rates
 from megatron_moe.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.step import Batch, StepResult, evaluate, train_step
@@ -128,11 +129,11 @@ class Trainer:
         progress.step += 1
         progress.consumed_samples += samples
         progress.skipped_steps += result.skipped
-        lr = self.optimizer.param_groups[0]["lr"]
+        rates = learning_rates(self.run, self.optimizer)
         if not result.skipped:
             self.scheduler.step(increment=samples)
         reporter.advance()
-        self._report(reporter, result, lr, samples, count, time.monotonic() - began)
+        self._report(reporter, result, rates, samples, count, time.monotonic() - began)
         self._stop_if_lost(result, samples)
 
     def _stop_if_lost(self, result: StepResult, samples: int) -> None:
@@ -160,7 +161,13 @@ class Trainer:
             )
 
     def _report(
-        self, reporter: Reporter, result: StepResult, lr: float, samples: int, micro_batches: int, seconds: float
+        self,
+        reporter: Reporter,
+        result: StepResult,
+        rates: dict[str, float],
+        samples: int,
+        micro_batches: int,
+        seconds: float,
     ) -> None:
         due = self.progress.step % self.run.logging.log_interval == 0 or self.progress.step in (1, self.steps)
         # A step that was skipped for NaN is never passed over in silence.
@@ -180,7 +187,7 @@ class Trainer:
             "consumed_samples": self.progress.consumed_samples,
             "lm_loss": result.loss,
             "grad_norm": result.grad_norm,
-            "lr": lr,
+            **rates,
             "loss_scale": float(self.optimizer.get_loss_scale()),
             "skipped": int(result.skipped),
             "skipped_steps": self.progress.skipped_steps,

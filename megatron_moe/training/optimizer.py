@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
@@ -13,6 +17,7 @@ from megatron.core.utils import get_model_config
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.transformer_config import DTYPES
 from megatron_moe.training.batches import BatchSchedule
+from megatron_moe.training.expert_lr import FactoredScheduler, expert_groups
 
 
 def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
@@ -33,29 +38,31 @@ def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDat
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer, connected to the model's schedule hooks. Norms and biases are not decayed (upstream default)."""
     flags, training = run.optimizer, run.training
+    options = MegatronOptimizerConfig(
+        optimizer=flags.optimizer,
+        lr=flags.lr,
+        min_lr=flags.min_lr,
+        weight_decay=flags.weight_decay,
+        adam_beta1=flags.adam_beta1,
+        adam_beta2=flags.adam_beta2,
+        adam_eps=flags.adam_eps,
+        sgd_momentum=flags.sgd_momentum,
+        clip_grad=flags.clip_grad,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        params_dtype=DTYPES[training.precision],
+        loss_scale=training.loss_scale,
+        initial_loss_scale=training.initial_loss_scale,
+        min_loss_scale=training.min_loss_scale,
+        loss_scale_window=training.loss_scale_window,
+        hysteresis=training.hysteresis,
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
     optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer=flags.optimizer,
-            lr=flags.lr,
-            min_lr=flags.min_lr,
-            weight_decay=flags.weight_decay,
-            adam_beta1=flags.adam_beta1,
-            adam_beta2=flags.adam_beta2,
-            adam_eps=flags.adam_eps,
-            sgd_momentum=flags.sgd_momentum,
-            clip_grad=flags.clip_grad,
-            bf16=training.bf16,
-            fp16=training.fp16,
-            params_dtype=DTYPES[training.precision],
-            loss_scale=training.loss_scale,
-            initial_loss_scale=training.initial_loss_scale,
-            min_loss_scale=training.min_loss_scale,
-            loss_scale_window=training.loss_scale_window,
-            hysteresis=training.hysteresis,
-            use_distributed_optimizer=run.parallel.use_distributed_optimizer,
-            overlap_param_gather=run.parallel.overlap_param_gather,
-        ),
+        options,
         model,
+        config_overrides=get_standard_config_overrides(options) | expert_groups(run, model),
         use_gloo_process_groups=False,
     )
     _use_fused_adam(optimizer)
@@ -173,7 +180,7 @@ def build_scheduler(
     wsd_steps = None
     if flags.lr_wsd_decay_iters is not None:
         wsd_steps = decay_steps - schedule.samples_after(decay_iters - flags.lr_wsd_decay_iters)
-    return OptimizerParamScheduler(
+    return FactoredScheduler(
         optimizer,
         init_lr=flags.lr_warmup_init,
         max_lr=flags.lr,
