@@ -4,6 +4,7 @@ A flag set for a router that does not know it is refused, as is a flag of `moe.p
 that was chosen: nothing is ignored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -61,6 +62,8 @@ class RoutingConfig:
         decay = self.router_margin_beta_decay
         require(0.0 < decay <= 1.0, "router_margin_beta_decay", decay, "greater than 0 and at most 1")
         require_fraction(self, "router_cutoff_decay")
+        if self.router_map == "uniform" and self.router_token_counts is not None:
+            raise ConfigError(f"--router-token-counts {self.router_token_counts}: needs --router-map balanced")
 
 
 KNOWN_BY: dict[str, tuple[str, ...]] = {
@@ -73,6 +76,56 @@ KNOWN_BY: dict[str, tuple[str, ...]] = {
 }
 """Beginning of a field of `RoutingConfig` -> the routers that read it."""
 
+
+def domain_groups(experts: int, domains: int, shares: tuple[int, ...] | None) -> list[range]:
+    """The experts of every domain in a layer: neighbours, in the order of the domains.
+
+    Args:
+        experts: of the layer; a multiple of the sum of the shares.
+        domains: how many there are.
+        shares: experts of each domain, relative to each other; None: equal.
+    """
+    shares = shares or (1,) * domains
+    unit = experts // sum(shares)
+    starts = [unit * sum(shares[:domain]) for domain in range(domains + 1)]
+    return [range(*bounds) for bounds in zip(starts, starts[1:], strict=False)]
+
+
+def check_domains(
+    moe: MoEConfig, routing: RoutingConfig, domains: int | None, experts_per_layer: Sequence[int]
+) -> None:
+    """random-routed needs domains, one expert a token, and experts that its groups divide.
+
+    Args:
+        moe: names the router.
+        routing: its flags.
+        domains: --num-domains.
+        experts_per_layer: 0 for a dense layer.
+
+    Raises:
+        ConfigError: something does not fit; names the flag.
+    """
+    if moe.router != "random-routed":
+        return
+    if domains is None:
+        raise ConfigError("--router random-routed: needs --num-domains")
+    require(moe.moe_router_topk == 1, "moe_router_topk", moe.moe_router_topk, "1 with --router random-routed")
+    shares = routing.router_domain_shares
+    if shares is not None and (len(shares) != domains or min(shares) < 1):
+        raise ConfigError(
+            f"--router-domain-shares {format_value(shares)}: must be {domains} numbers of at least 1, one for each of "
+            "the --num-domains domains"
+        )
+    parts = sum(shares) if shares else domains
+    for number, count in enumerate(experts_per_layer, 1):
+        if count % parts:
+            what = f"--router-domain-shares {format_value(shares)}" if shares else f"--num-domains {domains}"
+            raise ConfigError(
+                f"{what}: every layer's experts must be a multiple of {parts}, the sum of the shares; layer {number} "
+                f"has {count}"
+            )
+
+
 _GATE = (
     "moe_router_score_function",
     "moe_router_pre_softmax",
@@ -84,12 +137,20 @@ _GATE = (
     "moe_z_loss_coeff",
     "moe_router_enable_expert_bias",
     "moe_router_bias_update_rate",
+    "moe_router_dtype",
     "moe_input_jitter_eps",
     "moe_router_noise",
 )
+# Experts of a fixed map have no scores to drop tokens by: they take what comes.
+_CAPACITY = (
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+    "moe_min_capacity",
+    "moe_token_drop_policy",
+)
 MEANINGLESS: dict[str, tuple[str, ...]] = {
-    "hash": _GATE,
-    "random-routed": _GATE,
+    "hash": _GATE + _CAPACITY,
+    "random-routed": _GATE + _CAPACITY,
 }
 """Router -> fields of `MoEConfig` that it cannot use; they must keep their defaults."""
 

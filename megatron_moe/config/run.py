@@ -92,6 +92,11 @@ class RunConfig:
         return self.model.num_layers // (self.parallel.pipeline_model_parallel_size * per_stage)
 
     @property
+    def shares_routing_embedding(self) -> bool:
+        """Whether all layers have one routing embedding, with a copy on every pipeline stage."""
+        return self.moe.router == "token-embedding" and self.routing.router_embedding_shared
+
+    @property
     def expert_ffn_size(self) -> int:
         """Width of a routed expert after the default is applied."""
         return self.moe.moe_ffn_hidden_size or self.model.ffn_size

@@ -41,6 +41,11 @@ class PyramidTransformerConfig(TransformerConfig):
     """Of the run, for random numbers that belong to tokens (`moe/token_random.py`)."""
     vocab_rows: int = 0
     """Token ids a router may meet: the padded vocabulary; 0 where a test builds parts without one."""
+    domains: int = 1
+    """Domains of the text."""
+    has_cond_embedder: bool = False
+    """Upstream's name: parameters marked `pipeline_parallel` have copies on every pipeline stage, whose gradients are
+    summed (`distributed/finalize_model_grads.py:_allreduce_conditional_embedding_grads`)."""
 
     def __post_init__(self) -> None:
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
@@ -123,6 +128,8 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         moe=run.moe,
         seed=training.seed,
         vocab_rows=model.padded_vocab_size if model.vocab_size else 0,
+        domains=model.num_domains or 1,
+        has_cond_embedder=has_experts and run.shares_routing_embedding,
     )
 
 

@@ -1,0 +1,73 @@
+"""Fixed maps from token ids to experts, for routers that learn nothing.
+
+A map depends on the seed, the layer and the group of experts alone, never on ranks: every layout draws the same one.
+
+Shape legend: V = token ids, K = experts of a token.
+"""
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from megatron_moe.moe.token_random import uniform
+
+_PURPOSE_UNIFORM = 0x6D61702D31
+_PURPOSE_ORDER = 0x6D61702D32
+_PURPOSE_TIE = 0x6D61702D33
+
+
+def draw_uniform(vocab_size: int, experts: int, *keys: int, topk: int = 1) -> Tensor:
+    """[V, K] int32: for every token id K different experts of 0..experts-1, each as likely as any other.
+
+    Args:
+        vocab_size: V.
+        experts: how many there are.
+        keys: seed, layer and whatever else tells this map from others.
+        topk: K.
+    """
+    token_V = torch.arange(vocab_size)
+    chosen: list[Tensor] = []
+    for place in range(topk):
+        # One of the experts that are left, counted in their order; then its own number.
+        expert_V = (uniform(*keys, _PURPOSE_UNIFORM, place, token_V) * (experts - place)).long()
+        for taken_V in torch.stack(chosen).sort(dim=0).values if chosen else ():
+            expert_V += expert_V >= taken_V
+        chosen.append(expert_V)
+    return torch.stack(chosen, dim=1).int()
+
+
+def draw_balanced(counts_V: Tensor, experts: int, *keys: int, topk: int = 1) -> Tensor:
+    """[V, K] int32: K different experts for every token id, so that experts get equal shares of a text.
+
+    Token ids go one after the other to the experts that have least so far. So any two experts differ by the count of
+    the most frequent token id at most, which cannot be divided: a larger share of the text than 1 / experts stays an
+    imbalance under every fixed map.
+
+    The order is that of the counts, largest first, each times a random number in [1, 2): in exact order every layer
+    would put the same token ids together. Token ids that do not occur are drawn uniformly.
+
+    Args:
+        counts_V: how often each token id occurs.
+        experts: how many there are.
+        keys: seed, layer and whatever else tells this map from others.
+        topk: K.
+    """
+    vocab_size = counts_V.numel()
+    map_VK = draw_uniform(vocab_size, experts, *keys, topk=topk)
+    token_V = torch.arange(vocab_size)
+    rank_V = counts_V.double() * (1.0 + uniform(*keys, _PURPOSE_ORDER, token_V))
+    order = torch.argsort(rank_V, descending=True, stable=True)
+    order = order[counts_V[order] > 0]
+    ties_E = uniform(*keys, _PURPOSE_TIE, torch.arange(experts)).tolist()
+    heap = [(0, ties_E[expert], expert) for expert in range(experts)]
+    heapq.heapify(heap)
+    assigned = []
+    for count in counts_V[order].tolist():
+        least = [heapq.heappop(heap) for _ in range(topk)]
+        assigned.append([expert for _, _, expert in least])
+        for load, tie, expert in least:
+            heapq.heappush(heap, (load + count, tie, expert))
+    if assigned:
+        map_VK[order] = torch.tensor(assigned, dtype=torch.int32)
+    return map_VK
