@@ -6,6 +6,7 @@ its value and what would be right. What a section can check alone, it checks whe
 
 from dataclasses import fields
 
+from megatron_moe.config.attention import check_attention
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
 from megatron_moe.config.moe import check_expert_parallel
 from megatron_moe.config.routing import check_domains, check_routing
@@ -22,12 +23,14 @@ def validate(run: RunConfig, world_size: int) -> None:
     replicas = run.parallel.data_parallel_size(world_size)
     _check_tensor_parallel(run, experts_per_layer)
     _check_pipeline(run)
+    check_attention(run)
     _check_sequence(run)
     _check_dense(run)
     check_routing(run.moe, run.routing)
     check_domains(run.moe, run.routing, run.model.num_domains, experts_per_layer)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
+    _check_routing_embedding(run)
     _check_optimizer(run)
     _check_batch(run, replicas)
     _check_duration(run, replicas)
@@ -168,6 +171,9 @@ def _check_backends(run: RunConfig) -> None:
             parallel.expert_tensor_size,
             "1 for experts with biases under --transformer-impl transformer_engine (or give --disable-bias-linear)",
         )
+    if run.moe.moe_expert_dropout and run.model.transformer_impl == "transformer_engine":
+        # Transformer Engine's grouped experts have no place for it.
+        raise ConfigError(f"--moe-expert-dropout {run.moe.moe_expert_dropout}: needs --transformer-impl local")
     if parallel.device == "cpu" and run.model.transformer_impl == "transformer_engine":
         raise ConfigError("--transformer-impl transformer_engine: needs a GPU; with --device cpu it is local")
     if parallel.device == "cpu" and run.moe.moe_token_dispatcher_type == "flex":
@@ -180,6 +186,15 @@ def _check_backends(run: RunConfig) -> None:
             "moe_token_dispatcher_type",
             "flex",
             "alltoall or allgather when --tensor-model-parallel-size and --expert-model-parallel-size are 1",
+        )
+
+
+def _check_routing_embedding(run: RunConfig) -> None:
+    """Gradients of a shared one are complete after the last layer's backward pass, or on another stage's."""
+    if run.shares_routing_embedding and run.parallel.overlap_grad_reduce:
+        raise ConfigError(
+            "--overlap-grad-reduce: cannot be combined with --router token-embedding, whose gradients come from all "
+            "layers; leave it out, or give --no-router-embedding-shared"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
@@ -16,11 +17,25 @@ from megatron_moe.model.init import initialize_weights
 from megatron_moe.model.specs import block_spec
 from megatron_moe.model.transformer_config import PyramidTransformerConfig, build_transformer_config
 from megatron_moe.moe import expert_bias
+from megatron_moe.moe.inputs import CHANNELS
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.routers.base import RouterStart
+from megatron_moe.moe.routing_embedding import RoutingEmbedding
 from megatron_moe.runtime import replace
 
 type GptChunk = PyramidGpt | Float16Module
+
+
+class DomainEmbedding(LanguageModelEmbedding):
+    """Upstream's embedding, with a vector of the token's domain added before dropout (its token types)."""
+
+    domains_BS: torch.Tensor | None = None
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, tokentype_ids: Any = None) -> torch.Tensor:
+        """[S, B, H]; on this tensor-parallel rank's part of the sequence under sequence parallelism."""
+        assert tokentype_ids is None
+        assert self.domains_BS is not None
+        return super().forward(input_ids, position_ids, self.domains_BS)
 
 
 class PyramidGpt(GPTModel):
@@ -31,11 +46,39 @@ class PyramidGpt(GPTModel):
     `recompute.py:checkpointed_forward`, `transformer_layer.py:TransformerLayer._forward_mlp`).
     """
 
+    def __init__(self, *args: Any, domain_embedding: bool = False, **kwargs: Any) -> None:
+        self._adds_domains = domain_embedding
+        super().__init__(*args, **kwargs)
+        self.routing_embedding: RoutingEmbedding | None = None
+        config = self.config
+        if config.has_cond_embedder:
+            stages = self.pg_collection.pp
+            chunk = stages.rank() + (self.vp_stage or 0) * stages.size()
+            self.routing_embedding = RoutingEmbedding(config, {n for n in config.experts_per_layer if n}, chunk)
+            for layer in moe_layers(self):
+                layer.router.share(self.routing_embedding)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Upstream's, called when all parts are there; the embedding is replaced before it is shared with others."""
+        if self._adds_domains and self.pre_process:
+            self.embedding = DomainEmbedding(
+                config=self.config,
+                vocab_size=self.vocab_size,
+                max_sequence_length=self.max_sequence_length,
+                position_embedding_type=self.position_embedding_type,
+                num_tokentypes=self.config.domains,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
+
     def _preprocess(self, *args: Any, padding_mask: torch.Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:
         """Upstream's, and this tensor-parallel rank's part of the routing inputs.
 
         Upstream cuts a padding mask up on the first pipeline stage only, and wants it to have no channels.
         """
+        if self._adds_domains and self.pre_process:
+            assert padding_mask is not None
+            self.embedding.domains_BS = padding_mask[..., CHANNELS.index("domain")]
         outputs = super()._preprocess(*args, padding_mask=None, **kwargs)
         if padding_mask is None:
             return outputs
@@ -64,6 +107,7 @@ def build_chunk(
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
+        domain_embedding=model.domain_embedding,
     )
     if initialize:
         initialize_weights(chunk, seed=run.training.seed, std=model.init_method_std, num_layers=model.num_layers)

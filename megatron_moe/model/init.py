@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+# A routing embedding (`moe/routing_embedding.py`): its gates see rows as large as a normalised hidden state.
+ROUTING_TABLE = "table"
 OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -21,7 +23,8 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
     """Fill every parameter of one model chunk in place; buffers stay as they were built.
 
     Matrices and embeddings are normal with `std`; matrices that write into the residual stream with
-    std / sqrt(2 * num_layers) (GPT-2, Megatron-LM); norm weights are 1, biases 0.
+    std / sqrt(2 * num_layers) (GPT-2, Megatron-LM); norm weights are 1, biases 0; a routing embedding is normal
+    with 1.
 
     Args:
         model: a bare `GPTModel` chunk (not wrapped for data parallelism).
@@ -64,6 +67,8 @@ def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
         data.zero_()
     elif "norm" in shard.key:
         data.fill_(1.0)
+    elif kind == ROUTING_TABLE:
+        data.copy_(_draw(shard, seed))
     else:
         output = shard.key.endswith(OUTPUT_PROJECTIONS)
         data.copy_(_draw(shard, seed) * (std / math.sqrt(2 * num_layers) if output else std))

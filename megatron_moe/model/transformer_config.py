@@ -46,6 +46,12 @@ class PyramidTransformerConfig(TransformerConfig):
     has_cond_embedder: bool = False
     """Upstream's name: parameters marked `pipeline_parallel` have copies on every pipeline stage, whose gradients are
     summed (`distributed/finalize_model_grads.py:_allreduce_conditional_embedding_grads`)."""
+    attention_weight_reuse_prob: float = 1.0
+    """Probability that a layer computes its attention weights (`model/weight_reuse.py`)."""
+    attention_weight_reuse_span: int = 1
+    """Layers 1, span+1, ... always compute them."""
+    cla_share_factor: int = 1
+    """Layers 1, factor+1, ... have keys and values (`model/cross_layer_attention.py`)."""
 
     def __post_init__(self) -> None:
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
@@ -128,6 +134,9 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         moe=run.moe,
         seed=training.seed,
         vocab_rows=model.padded_vocab_size if model.vocab_size else 0,
+        attention_weight_reuse_prob=1.0 if inference else model.attention_weight_reuse_prob,
+        attention_weight_reuse_span=model.attention_weight_reuse_span or model.num_layers,
+        cla_share_factor=model.cla_share_factor,
         domains=model.num_domains or 1,
         has_cond_embedder=has_experts and run.shares_routing_embedding,
     )
@@ -147,6 +156,14 @@ def _recompute(run: RunConfig, inference: bool) -> dict[str, Any]:
         "recompute_method": run.training.recompute_method,
         "recompute_num_layers": run.training.recompute_num_layers or 1,
     }
+
+
+def _capacity_factor(moe: MoEConfig, inference: bool) -> float | None:
+    # Without one, upstream's dispatcher expects exactly top-k experts of every token
+    # (token_dispatcher.py:MoEAlltoAllTokenDispatcher.preprocess), which expert choice has not.
+    if moe.router == "expert-choice":
+        return moe.moe_expert_capacity_factor or 1.0
+    return None if inference else moe.moe_expert_capacity_factor
 
 
 def _experts(run: RunConfig, inference: bool) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def _experts(run: RunConfig, inference: bool) -> dict[str, Any]:
         "moe_router_bias_update_rate": moe.moe_router_bias_update_rate,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_input_jitter_eps": None if inference else moe.moe_input_jitter_eps,
-        "moe_expert_capacity_factor": None if inference else moe.moe_expert_capacity_factor,
+        "moe_expert_capacity_factor": _capacity_factor(moe, inference),
         "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity and not inference,
         "moe_token_drop_policy": moe.moe_token_drop_policy,
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
