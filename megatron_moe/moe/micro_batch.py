@@ -1,11 +1,13 @@
 """A whole micro-batch of router scores on every rank that holds a part of it.
 
 Routers that share experts out among all tokens (recycle, base, expert-choice, balanced margins) need to see the
-micro-batch that tensor, sequence and context parallelism have cut up. Its tokens are put into one order, by sample and
-place, so that the outcome does not depend on the layout.
+micro-batch that sequence and context parallelism have cut up. Its tokens are put into one order, by place and then by
+sample, which is the order of a rank that holds them all: the outcome does not depend on the layout.
 
 Shape legend: N = tokens of this rank, M = tokens of the micro-batch.
 """
+
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -18,29 +20,32 @@ class WholeMicroBatch:
     """Gathers rows of this rank's tokens into the micro-batch's order, and hands rows back.
 
     Args:
-        inputs: of this rank's N tokens.
+        inputs: of this rank's N tokens; every rank has as many.
         group: ranks that hold different tokens of the micro-batch (`None` or a single one: this rank has them all).
+
+    Attributes:
+        inputs: of all M tokens, in order.
     """
 
     def __init__(self, inputs: RoutingInputs, group: dist.ProcessGroup | None) -> None:
         self._group = group if group is not None and group.size() > 1 else None
-        sample_M, place_M = self._gather(inputs.sample), self._gather(inputs.place)
-        # Stable twice: by place, then by sample.
-        order_M = torch.argsort(place_M, stable=True)
-        order_M = order_M[torch.argsort(sample_M[order_M], stable=True)]
+        channels_MK = self._gather(torch.stack([inputs.token, inputs.place, inputs.sample, inputs.domain], dim=1))
+        # Stable twice: by sample, then by place.
+        order_M = torch.argsort(channels_MK[:, 2], stable=True)
+        order_M = order_M[torch.argsort(channels_MK[order_M, 1], stable=True)]
         self._order_M = order_M
         rank = self._group.rank() if self._group is not None else 0
         count = inputs.token.shape[0]
         where_M = torch.empty_like(order_M)
         where_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
         self._mine_N = where_M[rank * count : (rank + 1) * count]
-        self.inputs = RoutingInputs(
-            token=self.gather(inputs.token),
-            place=place_M[order_M],
-            sample=sample_M[order_M],
-            domain=self.gather(inputs.domain),
-        )
-        """Of all M tokens, in order."""
+        self.inputs = RoutingInputs(*channels_MK[order_M].unbind(dim=1))
+
+    @classmethod
+    def of(cls, router: Any) -> Self:
+        """The micro-batch that a megatron-core `Router` with inputs is working on, whichever ranks have parts of it."""
+        assert router.inputs is not None, "the micro-batch has an order by its tokens: the layer needs routing inputs"
+        return cls(router.inputs, router.tp_cp_group if router.config.sequence_parallel else router.cp_group)
 
     @property
     def size(self) -> int:
