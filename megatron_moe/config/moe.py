@@ -142,8 +142,10 @@ class MoEConfig:
                 "--mlp-type residual: cannot be combined with --moe-shared-expert-intermediate-size "
                 f"{self.moe_shared_expert_intermediate_size}; the residual MLP is the shared path already"
             )
+        self._check_expert_residual()
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise ConfigError("--moe-pad-expert-input-to-capacity: needs --moe-expert-capacity-factor")
+        self._check_capacity()
         self._check_padding()
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise ConfigError("--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid")
@@ -175,6 +177,34 @@ class MoEConfig:
                     f"{flag_name(name)} {format_value(value)}: cannot be combined with "
                     "--moe-router-load-balancing-type sinkhorn, which assigns tokens in its own way"
                 )
+
+    def _check_expert_residual(self) -> None:
+        factor = self.moe_router_topk_scaling_factor
+        if not self.use_expert_residual_network:
+            default = type(self).expert_residual_layers
+            if self.expert_residual_layers != default:
+                raise ConfigError(
+                    f"--expert-residual-layers {self.expert_residual_layers}: needs --use-expert-residual-network"
+                )
+        elif factor is not None and factor > 1:
+            raise ConfigError(
+                f"--moe-router-topk-scaling-factor {factor}: must be at most 1 with --use-expert-residual-network, "
+                "which is mixed in by the largest weight"
+            )
+
+    def _check_capacity(self) -> None:
+        if self.moe_min_capacity and self.moe_expert_capacity_factor is None:
+            raise ConfigError(f"--moe-min-capacity {self.moe_min_capacity}: needs --moe-expert-capacity-factor")
+        if self.moe_token_drop_policy != "probs" and self.moe_expert_capacity_factor is None:
+            raise ConfigError(
+                f"--moe-token-drop-policy {self.moe_token_drop_policy}: needs --moe-expert-capacity-factor"
+            )
+        if self.moe_min_capacity and self.moe_pad_expert_input_to_capacity:
+            # token_dispatcher.py:MoEAlltoAllTokenDispatcher.preprocess computes the capacity once more, without it.
+            raise ConfigError(
+                f"--moe-min-capacity {self.moe_min_capacity}: cannot be combined with "
+                "--moe-pad-expert-input-to-capacity; raise --moe-expert-capacity-factor instead"
+            )
 
     def _check_padding(self) -> None:
         # moe_utils.py:apply_router_token_dropping cannot pad an expert's input to more tokens than there are.

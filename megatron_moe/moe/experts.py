@@ -1,4 +1,5 @@
-"""Experts: megatron-core's `SequentialMLP`, with the output bias counted once under expert tensor parallelism.
+"""Experts: megatron-core's `SequentialMLP`, with expert dropout, and the output bias counted once under expert tensor
+parallelism.
 
 With ETP ranks each expert's second matrix is split by rows; the partial products are summed by the dispatcher when
 tokens return. Upstream adds the whole bias on every rank before that sum, so it counts ETP times
@@ -9,7 +10,9 @@ experts would be summed over the tensor-parallel group (`tensor_parallel/layers.
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
@@ -33,11 +36,23 @@ class ExpertRowParallelLinear(RowParallelLinear):
 
         The share is bias / ETP in value, while the gradient stays that of the whole bias.
         """
-        output, bias = super().forward(input_)
+        output, bias = super().forward(self._dropout(input_))
         ranks = self.tp_group.size()
         if bias is None or ranks == 1:
             return output, bias
         return output, bias + (bias / ranks - bias).detach()
+
+    def _dropout(self, activation: Tensor) -> Tensor:
+        """Switch Transformer's expert dropout: inside the expert, in training only.
+
+        Each rank of an expert's group holds other channels and draws other numbers; recompute draws the same ones
+        again (upstream's `tensor_parallel.checkpoint` puts the tracker back).
+        """
+        share = self.config.moe.moe_expert_dropout
+        if share == 0.0 or not self.training:
+            return activation
+        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+            return F.dropout(activation, share)
 
 
 def sequential_experts() -> ExpertsBuilder:

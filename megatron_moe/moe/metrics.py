@@ -69,12 +69,13 @@ def collect_aux_losses(num_layers: int, num_moe_layers: int, micro_batches: int)
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=False)
     split = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     # What the sum over all ranks must be divided by: a balancing loss is a sum of shares within a replica (or, for
-    # the global one, over all of them), the z-loss a mean of every rank's own.
+    # the global one, over all of them), the z-loss and the margin loss a mean of every rank's own.
     shares = {
         "load_balancing_loss": ranks,
         "seq_load_balancing_loss": ranks,
         "global_load_balancing_loss": 1,
         "z_loss": split.size(),
+        "margin_loss": split.size(),
     }
     losses = {}
     for name in shares:

@@ -51,3 +51,19 @@ def token_expert_uniform(inputs: RoutingInputs, experts: int, *keys: int | Tenso
     """Float64 [N, E] in (0, 1) of every token and expert."""
     expert_E = torch.arange(experts, device=inputs.token.device)
     return uniform(*keys, inputs.sample[:, None], inputs.place[:, None], expert_E)
+
+
+def token_channel_uniform(inputs: RoutingInputs, channels: int, *keys: int | Tensor) -> Tensor:
+    """Float32 [N, channels] in [0, 1) of every token and channel.
+
+    A channel's number is mixed with 32 bits of its token by murmur3's finalizer: H numbers a token must be cheap.
+    """
+    token_N = hashed(*keys, inputs.sample, inputs.place).to(torch.int32)
+    channel_H = hashed(torch.arange(channels, device=inputs.token.device)).to(torch.int32)
+    bits_NH = token_N[:, None] ^ channel_H
+    bits_NH ^= (bits_NH >> 16) & 0xFFFF
+    bits_NH *= -0x7A143595  # 0x85EBCA6B
+    bits_NH ^= (bits_NH >> 13) & 0x7FFFF
+    bits_NH *= -0x3D4D51CB  # 0xC2B2AE35
+    bits_NH ^= (bits_NH >> 16) & 0xFFFF
+    return ((bits_NH >> 8) & 0xFFFFFF).float().mul_(2.0**-24)
