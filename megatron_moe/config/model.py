@@ -54,12 +54,15 @@ class ModelConfig:
     """Normalise every query and key head before the dot product."""
     attention_weight_reuse_prob: float = 1.0
     """Probability that a layer computes its attention weights; otherwise it takes those of the layer before (HunYuan
-    1T: 0.5). Drawn for every layer and micro-batch, in training only. 1: every layer computes."""
+    1T: 0.5). Drawn for every layer and micro-batch, in training only; attention dropout is drawn anew on weights that
+    are taken over. 1: every layer computes."""
     attention_weight_reuse_span: int | None = None
-    """Layers 1, K+1, 2K+1, ... always compute their attention weights. Default: layer 1 only."""
+    """Layers 1, K+1, 2K+1, ... always compute their attention weights; it must divide the layers of a pipeline stage.
+    Default: layer 1 only."""
     cla_share_factor: int = 1
     """Cross-layer attention (Hunyuan-Large: 2): layers 1, K+1, 2K+1, ... have keys and values, the layers after them
-    use theirs. 1: every layer has its own."""
+    have a query projection only and use theirs; it must divide the layers of a pipeline stage. 1: every layer has its
+    own."""
     num_domains: int | None = None
     """Domains of the text: the token files hold one for every document (tools/preprocess_data.py --domain-key)."""
     domain_embedding: bool = False

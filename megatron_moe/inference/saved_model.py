@@ -94,7 +94,8 @@ def _inference_run(saved: RunConfig, parallel: ParallelConfig, fp32: bool) -> Ru
         bf16=saved.training.bf16 and not fp32,
         fp16=saved.training.fp16 and not fp32,
     )
-    return dataclasses.replace(saved, parallel=parallel, training=training, optimizer=OptimizerConfig())
+    model = dataclasses.replace(saved.model, attention_weight_reuse_prob=1.0, attention_weight_reuse_span=None)
+    return dataclasses.replace(saved, model=model, parallel=parallel, training=training, optimizer=OptimizerConfig())
 
 
 def _validate(run: RunConfig, world_size: int) -> None:

@@ -26,9 +26,18 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.model.attention import SdpaAttention
+from megatron_moe.model.cross_layer_attention import (
+    CrossLayerAttention,
+    CrossLayerSubmodules,
+    SharingSelfAttention,
+    is_cross_layer,
+)
+from megatron_moe.model.layer import CarryingLayer
 from megatron_moe.model.mlp import DenseMlp
 from megatron_moe.model.norms import build_norm
 from megatron_moe.model.transformer_config import PyramidTransformerConfig
+from megatron_moe.model.weight_reuse import ReusingAttention, ReusingLayer
+from megatron_moe.moe.expert_residual import ExpertResidualSubmodules
 from megatron_moe.moe.experts import sequential_experts
 from megatron_moe.moe.layer import PyramidMoELayer, PyramidMoESubmodules
 from megatron_moe.moe.routers import router_class
@@ -83,37 +92,62 @@ def block_spec(
     counts = config.experts_per_layer[offset : offset + count]
     rms_norm = config.normalization == "RMSNorm"
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, backend, is_moe=experts > 0) for experts in counts],
+        layer_specs=[
+            layer_spec(config, backend, number=offset + place, is_moe=experts > 0)
+            for place, experts in enumerate(counts, 1)
+        ],
         layer_norm=backend.layer_norm(rms_norm=rms_norm),
     )
 
 
-def layer_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider, *, is_moe: bool) -> ModuleSpec:
-    """One transformer layer, dense or MoE; the number of experts comes with the layer's config."""
+def layer_spec(
+    config: PyramidTransformerConfig, backend: BackendSpecProvider, *, number: int, is_moe: bool
+) -> ModuleSpec:
+    """Layer `number`, counted from 1 over the whole model, dense or MoE; its config knows how many experts it has."""
     rms_norm = config.normalization == "RMSNorm"
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=rms_norm, has_residual=True)
-    qk_norm = backend.layer_norm(rms_norm=rms_norm, for_qk=True) if config.qk_layernorm else IdentityOp
-    attention = SelfAttentionSubmodules(
-        linear_qkv=backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear(),
-        core_attention=backend.core_attention(),
-        linear_proj=backend.row_parallel_linear(),
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer_class(config),
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=attention_spec(config, backend, number),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm if is_moe or not fused else IdentityOp,
             mlp=moe_spec(config, backend) if is_moe else dense_spec(backend, fused),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def layer_class(config: PyramidTransformerConfig) -> type[TransformerLayer]:
+    """Upstream's layer, or one that hands something on to the next."""
+    if config.attention_weight_reuse_prob < 1.0:
+        return ReusingLayer
+    return CarryingLayer if config.cla_share_factor > 1 else TransformerLayer
+
+
+def attention_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider, number: int) -> ModuleSpec:
+    """The attention of layer `number`."""
+    fused = backend.fuse_layernorm_and_linear()
+    qk_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+    parts: dict[str, Any] = {
+        "core_attention": backend.core_attention(),
+        "linear_proj": backend.row_parallel_linear(),
+        "q_layernorm": qk_norm if config.qk_layernorm else IdentityOp,
+        "k_layernorm": qk_norm if config.qk_layernorm else IdentityOp,
+    }
+    projection = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
+    params = {"attn_mask_type": AttnMaskType.causal}
+    if is_cross_layer(number, config.cla_share_factor):
+        queries = CrossLayerSubmodules(linear_q=projection, **parts)
+        return ModuleSpec(module=CrossLayerAttention, params=params, submodules=queries)
+    module: type[SelfAttention] = SelfAttention
+    if config.cla_share_factor > 1:
+        module = SharingSelfAttention
+    elif config.attention_weight_reuse_prob < 1.0:
+        module = ReusingAttention
+    return ModuleSpec(module=module, params=params, submodules=SelfAttentionSubmodules(linear_qkv=projection, **parts))
 
 
 def dense_spec(backend: BackendSpecProvider, fused: bool) -> Any:
@@ -135,5 +169,8 @@ def moe_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider) -> 
             shared_experts=partial(SharedExpertMLP, submodules=mlp),
             router=router_class(config.router_type),
             residual=mlp,
+            expert_residual=ExpertResidualSubmodules(
+                norm=backend.layer_norm(rms_norm=config.normalization == "RMSNorm"), mlp=mlp
+            ),
         ),
     )

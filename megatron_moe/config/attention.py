@@ -1,0 +1,70 @@
+"""Which layer works out its own keys, values and attention weights, and what that needs of the other flags."""
+
+from megatron_moe.config.base import ConfigError
+from megatron_moe.config.run import RunConfig
+
+
+def check_attention(run: RunConfig) -> None:
+    """Check cross-layer attention and the reuse of attention weights against the rest of the run.
+
+    Raises:
+        ConfigError: they do not fit it.
+    """
+    _check_reuse(run)
+    _check_sharing(run)
+
+
+def _check_reuse(run: RunConfig) -> None:
+    model = run.model
+    prob, span = model.attention_weight_reuse_prob, model.attention_weight_reuse_span
+    if prob == 1.0:
+        if span is not None:
+            raise ConfigError(
+                f"--attention-weight-reuse-span {span}: needs --attention-weight-reuse-prob less than 1; at 1 every "
+                "layer computes"
+            )
+        return
+    flag = f"--attention-weight-reuse-prob {prob:g}"
+    if span == 1:
+        raise ConfigError("--attention-weight-reuse-span 1: must be at least 2; at 1 every layer computes")
+    if model.transformer_impl != "local" or model.attention_backend != "sdpa":
+        raise ConfigError(
+            f"{flag}: needs --transformer-impl local and --attention-backend sdpa, whose attention hands its weights on"
+        )
+    if model.cla_share_factor > 1:
+        raise ConfigError(
+            f"{flag}: must be 1 with --cla-share-factor {model.cla_share_factor}; a layer shares keys or weights, "
+            "not both"
+        )
+    held, what = _layers_together(run)
+    if held < model.num_layers and (span is None or held % span):
+        given = f"--attention-weight-reuse-span {span}" if span else flag
+        raise ConfigError(
+            f"{given}: weights are not sent between pipeline stages; --attention-weight-reuse-span must divide the "
+            f"{held} layers of {what}"
+        )
+
+
+def _check_sharing(run: RunConfig) -> None:
+    model = run.model
+    factor = model.cla_share_factor
+    if factor == 1:
+        return
+    flag = f"--cla-share-factor {factor}"
+    if model.transformer_impl != "local":
+        raise ConfigError(f"{flag}: needs --transformer-impl local")
+    if factor > model.num_layers:
+        raise ConfigError(f"{flag}: must be at most --num-layers {model.num_layers}")
+    held, what = _layers_together(run)
+    if held < model.num_layers and held % factor:
+        raise ConfigError(
+            f"{flag}: keys and values are not sent between pipeline stages; it must divide the {held} layers of {what}"
+        )
+
+
+def _layers_together(run: RunConfig) -> tuple[int, str]:
+    """How many layers hand things on to each other, and what they are called."""
+    stretch = run.parallel.num_layers_per_virtual_pipeline_stage
+    if stretch is not None:
+        return stretch, "a virtual pipeline stage"
+    return run.model.num_layers // run.parallel.pipeline_model_parallel_size, "a pipeline stage"
