@@ -8,8 +8,8 @@ def forward_flops_per_token(run: RunConfig) -> float:
     """Floating-point operations of the forward pass per token, 2 per multiply-add of a matrix product.
 
     Counts the projections, causal attention (half of the S x S products), dense MLPs, the experts a token uses, shared
-    and residual MLPs, routers and the output layer; norms, softmaxes and activations are left out, and so is what
-    padding, dropping or recompute add or save.
+    and residual MLPs, expert residual networks, routers and the output layer; norms, softmaxes and activations are
+    left out, and so is what padding, dropping or recompute add or save.
     """
     model, moe = run.model, run.moe
     h, heads, groups, d = model.hidden_size, model.num_attention_heads, model.query_groups, model.head_dim
@@ -27,6 +27,8 @@ def forward_flops_per_token(run: RunConfig) -> float:
         total += moe.moe_router_topk * mlp(run.expert_ffn_size) + 2 * h * experts
         if moe.mlp_type == "residual":
             total += mlp(run.expert_ffn_size) + 2 * h * 2
+        if moe.use_expert_residual_network:
+            total += moe.expert_residual_layers * 2 * 2 * h * (4 * h)
         if moe.moe_shared_expert_intermediate_size is not None:
             total += mlp(moe.moe_shared_expert_intermediate_size)
     return total + 2 * h * model.padded_vocab_size

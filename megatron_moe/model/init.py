@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 # A routing embedding (`moe/routing_embedding.py`): its gates see rows as large as a normalised hidden state.
 ROUTING_TABLE = "table"
+# The expert residual network (`moe/expert_residual.py`) starts as the identity.
+IDENTITY_AT_START = (".expert_residual.", "linear_fc2.weight")
 OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -23,8 +25,8 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
     """Fill every parameter of one model chunk in place; buffers stay as they were built.
 
     Matrices and embeddings are normal with `std`; matrices that write into the residual stream with
-    std / sqrt(2 * num_layers) (GPT-2, Megatron-LM); norm weights are 1, biases 0; a routing embedding is normal
-    with 1.
+    std / sqrt(2 * num_layers) (GPT-2, Megatron-LM); norm weights are 1, biases and the second matrices of
+    the expert residual network 0; a routing embedding is normal with 1.
 
     Args:
         model: a bare `GPTModel` chunk (not wrapped for data parallelism).
@@ -63,7 +65,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 def _fill(shard: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
     data, kind = shard.data, shard.key.rsplit(".", 1)[-1]
-    if kind.endswith("bias"):
+    if kind.endswith("bias") or all(part in shard.key for part in IDENTITY_AT_START):
         data.zero_()
     elif "norm" in shard.key:
         data.fill_(1.0)

@@ -53,6 +53,8 @@ class ParameterCounts:
     """MLPs of the dense layers."""
     residual_mlp: int
     """MLPs beside the experts, with their mixing coefficients."""
+    expert_residual: int
+    """Expert residual networks."""
     shared_experts: int
     """Experts that every token passes through, with their gates."""
     router: int
@@ -149,6 +151,7 @@ def count_parameters(run: RunConfig, *, padded_vocab: bool = False) -> Parameter
         norms=norm_size(run, model.hidden_size).total * (2 * model.num_layers + 1),
         dense_mlp=mlp_size(run, model.ffn_size).total * (model.num_layers - layout.num_moe_layers),
         residual_mlp=residual_size(run).total * layout.num_moe_layers,
+        expert_residual=expert_residual_size(run).total * layout.num_moe_layers,
         shared_experts=shared_expert_size(run).total * layout.num_moe_layers,
         router=sum(router_size(run, count).total for count in layout.counts),
         experts=expert * layout.total_experts,
@@ -244,6 +247,17 @@ def residual_size(run: RunConfig) -> Size:
     return expert_size(run) + Size(whole=coefficients)
 
 
+def expert_residual_size(run: RunConfig) -> Size:
+    """One layer's expert residual network: blocks of a norm and an MLP of four times the hidden size, without gate."""
+    if not run.moe.use_expert_residual_network:
+        return Size()
+    hidden = run.model.hidden_size
+    block = Size(split=2 * 4 * hidden * hidden) + norm_size(run, hidden)
+    if not run.model.disable_bias_linear:
+        block += Size(split=4 * hidden, whole=hidden)
+    return block * run.moe.expert_residual_layers
+
+
 def shared_expert_size(run: RunConfig) -> Size:
     """The shared expert of one layer and its gate."""
     width = run.moe.moe_shared_expert_intermediate_size
@@ -274,7 +288,8 @@ def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: Exper
         experts = layout.experts_in(number)
         size += attention_size(run) + norm_size(run, model.hidden_size) * 2
         if experts:
-            size += residual_size(run) + shared_expert_size(run) + router_size(run, experts)
+            size += residual_size(run) + expert_residual_size(run) + shared_expert_size(run)
+            size += router_size(run, experts)
         else:
             size += mlp_size(run, model.ffn_size)
     return size

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.expert_residual import ExpertResidual, ExpertResidualSubmodules
 from megatron_moe.moe.inputs import unpack_inputs
 from megatron_moe.moe.residual import ResidualMlp
 
@@ -25,6 +26,7 @@ class PyramidMoESubmodules(MoESubmodules):
     """Parts of a `PyramidMoELayer`."""
 
     residual: MLPSubmodules | None = None
+    expert_residual: ExpertResidualSubmodules | None = None
 
 
 class PyramidMoELayer(MoELayer):
@@ -53,6 +55,12 @@ class PyramidMoELayer(MoELayer):
             assert submodules.residual is not None
             assert pg_collection is not None
             self.residual = ResidualMlp(config, submodules.residual, pg_collection)
+        self.expert_residual: ExpertResidual | None = None
+        if config.moe.use_expert_residual_network:
+            assert submodules.expert_residual is not None
+            assert pg_collection is not None
+            self.expert_residual = ExpertResidual(config, submodules.expert_residual, pg_collection)
+        self._weights_NE: Tensor | None = None
         # Done here, with the routing inputs as an argument of their own: upstream's would take them for a mask.
         self._recompute = bool(self.moe_layer_recompute)
         self.moe_layer_recompute: bool = False
@@ -82,6 +90,22 @@ class PyramidMoELayer(MoELayer):
         self.router.inputs = None
         assert bias is None
         return routed_SBH if self.residual is None else self.residual(hidden_SBH, routed_SBH)
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Routing weights and map, both [N, E]; the expert residual network needs the weights after the experts."""
+        weights_NE, map_NE = super().route(hidden_states, padding_mask)
+        if self.expert_residual is not None:
+            self._weights_NE = weights_NE
+        return weights_NE, map_NE
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """What upstream does with the combined output [S, B, H]; shared experts are added behind the network."""
+        if self.expert_residual is None:
+            return super().postprocess(output, shared_expert_output)
+        weights_NE, self._weights_NE = self._weights_NE, None
+        assert weights_NE is not None
+        mixed = self.expert_residual(super().postprocess(output, None), weights_NE)
+        return mixed if shared_expert_output is None else mixed + shared_expert_output
 
 
 def moe_layers(model: torch.nn.Module) -> list[PyramidMoELayer]:

@@ -78,6 +78,22 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_router_topk": 2,
         "moe_expert_capacity_factor": 0.9,
     },
+    "expert residual network": {"mlp_type": "residual", "use_expert_residual_network": True},
+    "expert residual network, top-2, capacity, RMSNorm": {
+        "mlp_type": "standard",
+        "moe_router_topk": 2,
+        "moe_expert_capacity_factor": 0.75,
+        "use_expert_residual_network": True,
+        "expert_residual_layers": 2,
+        "normalization": "RMSNorm",
+    },
+    "expert residual network, shared expert": {
+        "mlp_type": "standard",
+        "moe_shared_expert_intermediate_size": 40,
+        "use_expert_residual_network": True,
+        "expert_residual_layers": 3,
+    }
+    | LLAMA,
     "allgather dispatcher": {"mlp_type": "residual", "moe_router_topk": 2, "moe_token_dispatcher_type": "allgather"},
 }
 
@@ -116,6 +132,19 @@ def naive_mlp(mlp: Any, x: Tensor, swiglu: bool) -> Tensor:
     else:
         h = F.gelu(h)
     return F.linear(h, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
+
+
+def naive_expert_residual(network: Any, out: Tensor, weight: Tensor | float) -> Tensor:
+    deep = out
+    for block in network.children():
+        norm = block.norm
+        if isinstance(norm, torch.nn.RMSNorm):
+            normal = deep / (deep.square().mean() + norm.eps).sqrt() * norm.weight
+        else:
+            normal = (deep - deep.mean()) / (deep.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+        hidden = F.linear(normal, block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias).clamp(min=0)
+        deep = deep + F.linear(hidden, block.mlp.linear_fc2.weight, block.mlp.linear_fc2.bias)
+    return weight * deep + (1 - weight) * out
 
 
 def naive_routing(layer: Any, run: Any, tokens: Tensor) -> list[list[tuple[int, Tensor]]]:
@@ -171,6 +200,9 @@ def naive_layer(layer: Any, run: Any, x: Tensor) -> tuple[Tensor, list[int], int
         for expert, weight in route:
             out = out + weight * naive_mlp(layer.experts.local_experts[expert], token, swiglu)
             load[expert] += 1
+        if run.moe.use_expert_residual_network:
+            largest = max((weight for _, weight in route), key=float, default=0.0)
+            out = naive_expert_residual(layer.expert_residual, out, largest)
         if run.moe.moe_shared_expert_intermediate_size:
             shared = naive_mlp(layer.shared_experts, token, swiglu)
             if run.moe.moe_shared_expert_gate:
