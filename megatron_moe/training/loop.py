@@ -34,7 +34,7 @@ from megatron_moe.runtime.launch import another_rank_failed
 from megatron_moe.runtime.seeds import set_seeds
 from megatron_moe.runtime.signals import StopSignals
 from megatron_moe.training.batches import BatchSchedule, total_steps
-from megatron_moe.training.expert_lr import learning_rates
+from megatron_moe.training.expert_groups import learning_rates
 from megatron_moe.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.step import Batch, StepResult, evaluate, train_step
@@ -197,7 +197,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         for name, value in aux.items():
-            metrics["moe_z_loss" if name == "z_loss" else "moe_aux_loss"] = value
+            metrics[f"moe_{name}" if name in ("z_loss", "margin_loss") else "moe_aux_loss"] = value
         reporter.step(metrics, loads)
 
     def _gather_parameters(self) -> None:

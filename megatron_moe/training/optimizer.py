@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.transformer_config import DTYPES
 from megatron_moe.training.batches import BatchSchedule
-from megatron_moe.training.expert_lr import FactoredScheduler, expert_groups
+from megatron_moe.training.expert_groups import FactoredScheduler, expert_groups
 
 
 def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDataParallel]:
