@@ -1,7 +1,26 @@
 """Which layer works out its own keys, values and attention weights, and what that needs of the other flags."""
 
 from megatron_moe.config.base import ConfigError
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.run import RunConfig
+
+
+def source_layer(layer: int, share_factor: int) -> int:
+    """The layer whose keys and values a layer uses: itself, or one before it. Both are counted from 1."""
+    return layer - (layer - 1) % share_factor
+
+
+def is_cross_layer(layer: int, share_factor: int) -> bool:
+    """Whether a layer takes its keys and values from one before it."""
+    return source_layer(layer, share_factor) != layer
+
+
+def computed_share(model: ModelConfig) -> float:
+    """Expected share of the layers that compute their attention weights in training: (1 + (K-1) p) / K where K, the
+    span, divides the layers."""
+    layers = model.num_layers
+    always = -(-layers // (model.attention_weight_reuse_span or layers))
+    return (always + (layers - always) * model.attention_weight_reuse_prob) / layers
 
 
 def check_attention(run: RunConfig) -> None:

@@ -12,7 +12,6 @@ this rank, G = key/value heads on this rank, D = head width.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import Attention, SelfAttention
@@ -20,10 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
-
-def is_cross_layer(layer: int, share_factor: int) -> bool:
-    """Whether a layer, counted from 1 over the whole model, takes its keys and values from one before it."""
-    return (layer - 1) % share_factor != 0
+from megatron_moe.config.attention import is_cross_layer, source_layer
 
 
 class _SharedKeys(Attention):
@@ -146,18 +142,3 @@ class CrossLayerAttention(_SharedKeys):
             memory = inference_context.key_value_memory_dict
             memory[self.layer_number] = memory[source_layer(self.layer_number, self.config.cla_share_factor)]
         return super()._adjust_key_value_for_inference(inference_context, *args, **kwargs)
-
-
-def source_layer(layer: int, share_factor: int) -> int:
-    """The layer whose keys and values a layer uses: itself, or one before it."""
-    return layer - (layer - 1) % share_factor
-
-
-def cache_bytes(inference_context: Any) -> int:
-    """Bytes that an inference context holds for keys and values on this rank; memory that layers share counts once."""
-    storages: dict[int, int] = {}
-    for pair in inference_context.key_value_memory_dict.values():
-        for tensor in pair:
-            storage: torch.UntypedStorage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -5,8 +5,10 @@ No torch here; everything is arithmetic on the flags.
 
 from collections.abc import Sequence
 
+from megatron_moe.config.attention import computed_share
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.validate import validate
+from megatron_moe.model.kv_cache import kv_cache_bytes_per_token
 from megatron_moe.model.parameters import BuiltCounts, count_parameters, stage_memory
 from megatron_moe.moe.layout import expert_layout
 
@@ -47,6 +49,14 @@ def _model(run: RunConfig) -> list[str]:
         f"of {model.head_dim}, {model.query_groups} key/value heads, sequence {model.seq_length}",
         f"{model.position_embedding_type} positions, {model.normalization}, {activation}, {biases}, {tied} embeddings",
     ]
+    if model.cla_share_factor > 1:
+        lines.append(f"cross-layer attention: {model.cla_share_factor} layers share keys and values")
+    if model.attention_weight_reuse_prob < 1.0:
+        lines.append(
+            f"attention weights: a layer computes its own with probability {model.attention_weight_reuse_prob:g}, in "
+            f"training {computed_share(model):.1%} of the layers do; the others use those of the layer before"
+        )
+    lines.append(f"KV cache per token: {kv_cache_bytes_per_token(run):,} bytes in {run.training.precision}")
     if layout.num_moe_layers < model.num_layers:
         lines.append(f"dense layers: {model.num_layers - layout.num_moe_layers}, MLP width {model.ffn_size}")
     if layout.num_moe_layers:

@@ -1,5 +1,6 @@
 """Arithmetic of one training step, for the TFLOP/s that a run reports."""
 
+from megatron_moe.config.attention import computed_share, is_cross_layer
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
@@ -14,12 +15,13 @@ def forward_flops_per_token(run: RunConfig) -> float:
     model, moe = run.model, run.moe
     h, heads, groups, d = model.hidden_size, model.num_attention_heads, model.query_groups, model.head_dim
     attention = 2 * h * d * (heads + 2 * groups) + 2 * heads * d * h + 2 * 2 * heads * d * model.seq_length / 2
+    cross_layers = sum(is_cross_layer(number, model.cla_share_factor) for number in range(1, model.num_layers + 1))
     matrices = 3 if model.swiglu else 2
 
     def mlp(width: int) -> float:
         return 2 * matrices * h * width
 
-    total = model.num_layers * attention
+    total = model.num_layers * attention - cross_layers * 2 * h * d * 2 * groups
     for experts in expert_layout(model, moe).experts_per_layer:
         if not experts:
             total += mlp(model.ffn_size)
@@ -35,5 +37,12 @@ def forward_flops_per_token(run: RunConfig) -> float:
 
 
 def training_flops_per_token(run: RunConfig) -> float:
-    """Forward and backward: the backward pass computes two products for each of the forward's."""
-    return 3 * forward_flops_per_token(run)
+    """Forward and backward: the backward pass computes two products for each of the forward's.
+
+    A layer that uses the attention weights of the layer before is spared its queries, keys and their product.
+    """
+    model = run.model
+    heads, groups, d = model.num_attention_heads, model.query_groups, model.head_dim
+    weights = 2 * model.hidden_size * d * (heads + groups) + 2 * heads * d * model.seq_length / 2
+    reused = model.num_layers * (1.0 - computed_share(model)) * weights
+    return 3 * (forward_flops_per_token(run) - reused)

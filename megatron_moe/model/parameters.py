@@ -7,6 +7,7 @@ Published counts leave the vocabulary unpadded; a model that is built has it pad
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from megatron_moe.config.attention import is_cross_layer
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import ExpertLayout, expert_layout
 
@@ -147,7 +148,7 @@ def count_parameters(run: RunConfig, *, padded_vocab: bool = False) -> Parameter
     return ParameterCounts(
         embedding=word_table,
         positions=positions_size(run).total,
-        attention=attention_size(run).total * model.num_layers,
+        attention=sum(attention_size(run, number).total for number in range(1, model.num_layers + 1)),
         norms=norm_size(run, model.hidden_size).total * (2 * model.num_layers + 1),
         dense_mlp=mlp_size(run, model.ffn_size).total * (model.num_layers - layout.num_moe_layers),
         residual_mlp=residual_size(run).total * layout.num_moe_layers,
@@ -198,11 +199,12 @@ def stage_layers(run: RunConfig) -> list[tuple[int, ...]]:
     return [tuple(number for number, owner in enumerate(owners, 1) if owner == stage) for stage in range(stages)]
 
 
-def attention_size(run: RunConfig) -> Size:
-    """One layer's attention: the query/key/value and the output projection, and the query/key norms."""
+def attention_size(run: RunConfig, number: int = 1) -> Size:
+    """The attention of layer `number`: the query/key/value and the output projection, and the query/key norms."""
     model = run.model
     query = model.num_attention_heads * model.head_dim
-    qkv = query + 2 * model.query_groups * model.head_dim
+    cross = is_cross_layer(number, model.cla_share_factor)
+    qkv = query if cross else query + 2 * model.query_groups * model.head_dim
     size = Size(split=model.hidden_size * (qkv + query))
     if not model.disable_bias_linear or model.add_qkv_bias:
         size += Size(split=qkv)
@@ -286,7 +288,7 @@ def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: Exper
             size += table
     for number in layers:
         experts = layout.experts_in(number)
-        size += attention_size(run) + norm_size(run, model.hidden_size) * 2
+        size += attention_size(run, number) + norm_size(run, model.hidden_size) * 2
         if experts:
             size += residual_size(run) + expert_residual_size(run) + shared_expert_size(run)
             size += router_size(run, experts)

@@ -24,13 +24,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_moe.config.attention import is_cross_layer
 from megatron_moe.config.base import ConfigError
 from megatron_moe.model.attention import SdpaAttention
 from megatron_moe.model.cross_layer_attention import (
     CrossLayerAttention,
     CrossLayerSubmodules,
     SharingSelfAttention,
-    is_cross_layer,
 )
 from megatron_moe.model.layer import CarryingLayer
 from megatron_moe.model.mlp import DenseMlp
