@@ -113,12 +113,11 @@ class LargeMarginRouter(TopKRouter):
         kind = self._routing.margin_target
         if kind == "self":
             return logits_NE.argmax(dim=1)
-        inputs = self._known_inputs()
-        group = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
         if kind == "balanced":
-            whole = WholeMicroBatch(inputs, group)
+            whole = WholeMicroBatch.of(self)
             return whole.mine(balanced_assignment(whole.gather(logits_NE)))
-        shape = (-1, batch)
+        inputs, shape = self._known_inputs(), (-1, batch)
+        group = self.tp_cp_group if self.config.sequence_parallel else self.cp_group
         return margins.round_robin(
             inputs.sample.view(shape), inputs.place.view(shape), logits_NE.shape[1], group.size()
         )
