@@ -56,13 +56,14 @@ def parse_object(line: bytes, expected: str, path: Path, number: int) -> dict[st
     return entry
 
 
-def parse_document(line: bytes, json_key: str, path: Path, number: int) -> str:
+def parse_document(line: bytes, json_key: str, path: Path, number: int, flag: str = "--json-key") -> str:
     """The text of one JSON line.
 
     Args:
         line: the line, with or without its newline.
         json_key: which field holds the text.
         path, number: the file and the line's number (from 1), for errors.
+        flag: which one names the field, for errors.
 
     Raises:
         UserError: not UTF-8, not a JSON object, no such field, not a string, or text that Unicode does not
@@ -72,7 +73,7 @@ def parse_document(line: bytes, json_key: str, path: Path, number: int) -> str:
     entry = parse_object(line, f"the field {json_key!r}", path, number)
     if json_key not in entry:
         fields = ", ".join(sorted(map(repr, entry))) or "none"
-        raise UserError(f"{where}: no field {json_key!r} (--json-key); fields here: {fields}")
+        raise UserError(f"{where}: no field {json_key!r} ({flag}); fields here: {fields}")
     return check_text(entry[json_key], json_key, where)
 
 

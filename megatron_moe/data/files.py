@@ -23,7 +23,7 @@ TOOL_FILES = frozenset({"report.json", "timings.json", "sample.json", "quarantin
     # A tokenizer's folder.
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "megatron_moe_tokenizer.json"),
 }
-_TOOL_ENDING = ".report.json"
+_TOOL_ENDINGS = (".report.json", ".domains.json")
 # Compressed bytes decompressed at a time. A 4-byte block of zstd can stand for 128 KiB, so this also bounds memory:
 # 64 MiB.
 _FEED = 2048
@@ -82,7 +82,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         plain_name = path.name.removesuffix(".gz").removesuffix(".zst")
-        own = plain_name in TOOL_FILES or plain_name.endswith(_TOOL_ENDING)
+        own = plain_name in TOOL_FILES or plain_name.endswith(_TOOL_ENDINGS)
         if not hidden and not own and base_suffix(path) in DATA_SUFFIXES and path.is_file():
             yield path
 

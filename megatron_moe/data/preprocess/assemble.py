@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError
+from megatron_moe.data.domains import DTYPE, MOST_DOMAINS, DomainsWriter
 from megatron_moe.data.indexed_writer import IndexedWriter, Readable
 from megatron_moe.data.preprocess.job import Output, Totals
-from megatron_moe.data.preprocess.workspace import COLUMNS, Workspace
+from megatron_moe.data.preprocess.workspace import Workspace
 
 # Tokens in a file, from its position on; tokens of each sequence; sequences of each document (None: one).
 _Block = tuple[Readable, npt.NDArray[np.int32], npt.NDArray[np.int32] | None]
@@ -32,12 +33,14 @@ class Part:
         field: the number of the field.
         totals: its counts.
         checksums: crc32 of each of its columns.
+        domains: names of the domains in it, in the order of their numbers there.
     """
 
     name: str
     field: int
     totals: Totals
-    checksums: tuple[int, ...]
+    checksums: dict[str, int]
+    domains: tuple[str, ...] = ()
 
 
 def assemble(
@@ -62,14 +65,29 @@ def assemble(
         count = sum(1 for _ in _shards(workspace, parts, shard_tokens))
         names = iter([shard_prefix(prefix, index, count) for index in range(count)])
     outputs = []
+    names_of_domains = domain_names(parts)
     source = _Source(workspace, parts, dtype)
     with contextlib.closing(source):
         for limit in _shards(workspace, parts, shard_tokens) if shard_tokens else [None]:
             name = next(names)
-            with IndexedWriter(name, dtype, scratch=workspace.folder) as writer:
-                source.write(writer, limit)
+            with DomainsWriter(name, workspace.folder) as domains:
+                with IndexedWriter(name, dtype, scratch=workspace.folder) as writer:
+                    source.write(writer, limit)
+                    domains.discard_old()
+                if names_of_domains:
+                    for ids in source.domains(writer.documents):
+                        domains.add(ids)
+                    domains.publish(names_of_domains)
             outputs.append(Output(name, key, writer.documents, writer.sequences, writer.tokens))
     return outputs
+
+
+def domain_names(parts: Sequence[Part]) -> list[str]:
+    """Names of the domains in all parts, in the order in which they occur."""
+    names = list(dict.fromkeys(name for part in parts for name in part.domains))
+    if len(names) > MOST_DOMAINS:
+        raise UserError(f"--domain-key: {len(names):,} different values; at most {MOST_DOMAINS:,} can be told apart")
+    return names
 
 
 def shard_prefix(prefix: Path, index: int, count: int) -> Path:
@@ -108,6 +126,8 @@ class _Source:
         self._blocks = self._all(parts)
         # What a shard's end has left of a block.
         self._rest: _Block | None = None
+        self._domains = self._all_domains(parts)
+        self._rest_domains = np.empty(0, DTYPE)
 
     def write(self, writer: IndexedWriter, limit: int | None) -> None:
         """Append the next `limit` documents, or all there are."""
@@ -126,9 +146,31 @@ class _Source:
             writer.add_stored(tokens, lengths, documents)
             limit = None if limit is None else limit - count
 
+    def domains(self, count: int) -> Iterator[npt.NDArray[np.uint16]]:
+        """Of the next `count` documents, by the numbers of all parts together."""
+        while count:
+            if not len(self._rest_domains):
+                self._rest_domains = next(self._domains)
+            yield self._rest_domains[:count]
+            count, self._rest_domains = max(0, count - len(self._rest_domains)), self._rest_domains[count:]
+
     def close(self) -> None:
-        """Close the file that is being read."""
+        """Close the files that are being read."""
         self._blocks.close()
+        self._domains.close()
+
+    def _all_domains(self, parts: Sequence[Part]) -> Generator[npt.NDArray[np.uint16]]:
+        numbers = {name: number for number, name in enumerate(domain_names(parts))}
+        for part in parts:
+            if not part.totals.documents:
+                continue
+            renumbered = np.array([numbers[name] for name in part.domains], DTYPE)
+            with _opened_column(self._workspace, part, "domains") as file:
+                left = part.totals.documents
+                while left:
+                    count = min(left, _BLOCK)
+                    left -= count
+                    yield renumbered[np.frombuffer(file.read(DTYPE.itemsize * count), DTYPE)]
 
     def _all(self, parts: Sequence[Part]) -> Generator[_Block]:
         for part in parts:
@@ -145,7 +187,7 @@ def _columns(
     with contextlib.ExitStack() as files:
         lengths_file = files.enter_context(_opened_column(workspace, part, "lengths"))
         documents_file = None
-        if len(part.checksums) == len(COLUMNS):
+        if "documents" in part.checksums:
             documents_file = files.enter_context(_opened_column(workspace, part, "documents"))
         while left:
             count = min(left, _BLOCK)
@@ -183,7 +225,7 @@ def _opened_column(workspace: Workspace, part: Part, column: str, size: int | No
             anybody relies on the numbers in it.
     """
     path = workspace.column(part.name, part.field, column)
-    expected = part.checksums[COLUMNS.index(column)]
+    expected = part.checksums[column]
     cure = f"delete {workspace.folder} and start again"
     try:
         with path.open("rb") as file:

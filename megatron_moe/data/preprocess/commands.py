@@ -73,6 +73,8 @@ def verify_pairs(doc: str, argv: Sequence[str]) -> None:
         append_eod=options["append_eod"],
         split_sentences=options["split_sentences"],
         max_length=options["max_length"],
+        domain_key=options.get("domain_key"),
+        domains=tuple(options["domains"]) if options.get("domains") else None,
         max_document_bytes=options["max_document_bytes"],
     )
     fingerprint = load_tokenizer(job.data, job.vocab_size).fingerprint
@@ -205,6 +207,17 @@ def _add_job(parser: ToolParser) -> None:
         help="tokens a document may have, its end among them; the rest is cut off and counted (default: no limit)",
     )
     parser.add_argument(
+        "--domain-key",
+        metavar="KEY",
+        help="field that holds a document's domain: writes PREFIX.domains.npy and PREFIX.domains.json too",
+    )
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        metavar="NAME",
+        help="names of the domains in the order of their numbers; others are errors (default: as they first occur)",
+    )
+    parser.add_argument(
         "--max-document-bytes",
         type=int,
         default=MAX_DOCUMENT_BYTES,
@@ -227,5 +240,7 @@ def _job(args: argparse.Namespace) -> Preprocessing:
         append_eod=args.append_eod,
         split_sentences=args.split_sentences,
         max_length=args.max_length,
+        domain_key=args.domain_key,
+        domains=None if args.domains is None else tuple(args.domains),
         max_document_bytes=args.max_document_bytes,
     )

@@ -25,12 +25,14 @@ class Encoded:
         tokens: [sum(lengths)] ids in the pair's dtype.
         lengths: [sequences] tokens of each.
         documents: [documents] sequences of each.
+        written: [texts] which of the texts are documents, not empty.
         totals: counts.
     """
 
     tokens: npt.NDArray[np.integer]
     lengths: npt.NDArray[np.int32]
     documents: npt.NDArray[np.int32]
+    written: npt.NDArray[np.bool_]
     totals: Totals
 
 
@@ -66,6 +68,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, job: Preprocessing)
         tokens=ids.astype(token_dtype(tokenizer.vocab_size)),
         lengths=lengths,
         documents=sequences,
+        written=written,
         totals=Totals(
             documents=len(sequences),
             empty=len(written) - len(sequences),

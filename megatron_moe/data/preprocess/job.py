@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.data.domains import MOST_DOMAINS
 from megatron_moe.data.tokenizer.load import Tokenizer
 
 # SentencePiece and its input need up to 35 bytes of memory a byte of text: two workers stay below 1 GB. A Hugging Face
@@ -29,6 +30,8 @@ class Preprocessing:
         append_eod: end every document with the end-of-document id.
         split_sentences: a sequence a sentence instead of a sequence a document.
         max_length: tokens a document may have, its end among them; what is over is cut off and counted.
+        domain_key: field that holds a document's domain.
+        domains: their names in the order of their numbers; None: all that occur, in the order in which they do.
         max_document_bytes: longer texts (in UTF-8) are refused, which is what bounds memory.
 
     Raises:
@@ -41,6 +44,8 @@ class Preprocessing:
     append_eod: bool = True
     split_sentences: bool = False
     max_length: int | None = None
+    domain_key: str | None = None
+    domains: tuple[str, ...] | None = None
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
@@ -57,6 +62,28 @@ class Preprocessing:
             raise ConfigError(f"--max-length {self.max_length}: must be at least {least}{why}")
         if self.max_document_bytes < 1:
             raise ConfigError(f"--max-document-bytes {self.max_document_bytes}: must be at least 1")
+        self._check_domains()
+
+    def _check_domains(self) -> None:
+        if self.domain_key is not None and self.domain_key in self.json_keys:
+            raise ConfigError(f"--domain-key {self.domain_key}: is one of --json-keys, which hold text")
+        if self.domains is None:
+            return
+        if self.domain_key is None:
+            raise ConfigError("--domains: needs --domain-key, the field they stand in")
+        twice = next((name for place, name in enumerate(self.domains) if name in self.domains[:place]), None)
+        if twice is not None:
+            raise ConfigError(f"--domains {twice}: is given twice")
+        if not 1 <= len(self.domains) <= MOST_DOMAINS:
+            raise ConfigError(f"--domains: {len(self.domains)} names; must be 1 to {MOST_DOMAINS}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a finished part consists of, for every field; see `workspace.py`."""
+        columns: tuple[str, ...] = ("bin", "lengths")
+        if self.split_sentences:
+            columns += ("documents",)
+        return (*columns, "domains") if self.domain_key is not None else columns
 
     def prefixes(self, output_prefix: Path) -> dict[str, Path]:
         """The pair each field is written to: the prefix itself for one field, PREFIX_FIELD for several."""
@@ -76,6 +103,8 @@ class Preprocessing:
             "append_eod": self.append_eod,
             "split_sentences": self.split_sentences,
             "max_length": self.max_length,
+            "domain_key": self.domain_key,
+            "domains": None if self.domains is None else list(self.domains),
         }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.data.domains import has_domains, read_domains
 from megatron_moe.data.indexed_stream import PairReader
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -53,6 +54,8 @@ class Lengths:
     values: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     packing: Packing | None
+    domains: tuple[tuple[str, int, int], ...] = ()
+    """Name, documents and tokens of every domain."""
 
     @property
     def documents(self) -> int:
@@ -83,7 +86,13 @@ def measure(prefix: Path, seq_length: int | None = None) -> Lengths:
     long: list[npt.NDArray[np.int64]] = []
     cut = start = 0
     with PairReader(prefix, "stats") as pair:
+        domains = read_domains(prefix, pair.header.documents, "stats") if has_domains(prefix) else None
+        tokens = np.zeros(0 if domains is None else len(domains.names), np.int64)
+        seen = 0
         for lengths in pair.document_lengths():
+            if domains is not None:
+                np.add.at(tokens, domains.ids[seen : seen + len(lengths)], lengths)
+                seen += len(lengths)
             counts += np.bincount(lengths[lengths < _COUNTED], minlength=_COUNTED)
             long.append(lengths[lengths >= _COUNTED])
             if seq_length is not None:
@@ -97,7 +106,8 @@ def measure(prefix: Path, seq_length: int | None = None) -> Lengths:
     if not len(values):
         raise UserError(f"stats {prefix}: the pair holds no documents")
     packing = None if seq_length is None else _pack(values, numbers, seq_length, cut)
-    return Lengths(values, numbers, packing)
+    by_domain = zip(domains.names, domains.documents, tokens.tolist(), strict=True) if domains is not None else ()
+    return Lengths(values, numbers, packing, tuple(by_domain))
 
 
 def describe(lengths: Lengths) -> str:
@@ -109,6 +119,9 @@ def describe(lengths: Lengths) -> str:
         f"length       min {int(lengths.values[0]):,}  {quantiles}  max {int(lengths.values[-1]):,}",
         *_histogram(lengths),
     ]
+    for number, (name, documents, tokens) in enumerate(lengths.domains):
+        share = tokens / max(1, lengths.tokens)
+        lines.append(f"domain {number} {name}: {documents:,} documents, {tokens:,} tokens ({share:.1%})")
     if (packing := lengths.packing) is not None:
         share = packing.documents_cut / lengths.documents
         lines += [

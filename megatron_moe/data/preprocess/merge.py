@@ -8,6 +8,7 @@ from typing import Any
 from megatron_moe import __version__
 from megatron_moe.config.base import UserError
 from megatron_moe.data.command_line import byte_progress
+from megatron_moe.data.domains import Domains, DomainsWriter, check_same_names, has_domains, read_domains
 from megatron_moe.data.files import atomic_write
 from megatron_moe.data.indexed import CODE_OF_DTYPE, IndexHeader, bin_path, idx_path, read_header
 from megatron_moe.data.indexed_stream import PairReader
@@ -17,6 +18,8 @@ from megatron_moe.data.preprocess.workspace import open_workspace
 
 # How `merge` names its inputs in errors: they have no flag.
 _FLAG = "merge"
+# Documents whose domains are copied at a time.
+_BLOCK = 1 << 22
 # Options that two pairs of one set share; one of another tokenizer would be noise to a model.
 _SAME = ("tokenizer_fingerprint", "vocab_size", "eod")
 
@@ -58,25 +61,23 @@ def merge(paths: Sequence[Path], output_prefix: Path, progress: bool | None = No
         raise UserError(f"--output-prefix {output_prefix}: is one of the pairs that are merged")
     headers = [read_header(prefix, _FLAG) for prefix in prefixes]
     _check_together(prefixes, headers)
+    domains = _common_domains(prefixes, headers)
     options = _common_options(prefixes)
     total = sum(bin_path(prefix).stat().st_size for prefix in prefixes)
     work = {"merge": [str(prefix) for prefix in prefixes]}
     with (
         open_workspace(output_prefix, work, str(bin_path(output_prefix))) as workspace,
         byte_progress(total, "merging", progress) as bar,
-        IndexedWriter(output_prefix, headers[0].dtype, scratch=workspace.folder) as writer,
+        DomainsWriter(output_prefix, workspace.folder) as domains_writer,
     ):
-        for prefix in prefixes:
-            with PairReader(prefix, _FLAG) as pair:
-                before = writer.sequences
-                for lengths in pair.lengths():
-                    try:
-                        writer.add_sequences(pair.tokens, lengths)
-                    except EOFError as error:
-                        raise UserError(f"{_FLAG} {prefix}: {bin_path(prefix)} was cut short ({error})") from error
-                    bar.update(int(lengths.sum(dtype="int64")) * headers[0].dtype.itemsize)
-                for ends in pair.document_ends():
-                    writer.add_marks(before + ends)
+        with IndexedWriter(output_prefix, headers[0].dtype, scratch=workspace.folder) as writer:
+            _copy_pairs(prefixes, writer, bar)
+            domains_writer.discard_old()
+        for source in domains:
+            for start in range(0, len(source.ids), _BLOCK):
+                domains_writer.add(source.ids[start : start + _BLOCK])
+        if domains:
+            domains_writer.publish(domains[0].names)
     merged = IndexHeader(headers[0].dtype, writer.sequences, writer.documents, multimodal=False)
     content = {
         "megatron_moe": __version__,
@@ -93,6 +94,34 @@ def merge(paths: Sequence[Path], output_prefix: Path, progress: bool | None = No
     }
     atomic_write(report_path(output_prefix), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return merged
+
+
+def _copy_pairs(prefixes: Sequence[Path], writer: IndexedWriter, bar: Any) -> None:
+    for prefix in prefixes:
+        with PairReader(prefix, _FLAG) as pair:
+            before = writer.sequences
+            for lengths in pair.lengths():
+                try:
+                    writer.add_sequences(pair.tokens, lengths)
+                except EOFError as error:
+                    raise UserError(f"{_FLAG} {prefix}: {bin_path(prefix)} was cut short ({error})") from error
+                bar.update(int(lengths.sum(dtype="int64")) * pair.header.dtype.itemsize)
+            for ends in pair.document_ends():
+                writer.add_marks(before + ends)
+
+
+def _common_domains(prefixes: Sequence[Path], headers: Sequence[IndexHeader]) -> list[Domains]:
+    """The domains of all pairs; none where no pair has any."""
+    without = [prefix for prefix in prefixes if not has_domains(prefix)]
+    if len(without) == len(prefixes):
+        return []
+    if without:
+        other = next(prefix for prefix in prefixes if prefix not in without)
+        raise UserError(f"{_FLAG} {without[0]}: has no domains, but {other} has; write both with --domain-key FIELD")
+    pairs = zip(prefixes, headers, strict=True)
+    domains = [read_domains(prefix, header.documents, _FLAG) for prefix, header in pairs]
+    check_same_names(domains, _FLAG)
+    return domains
 
 
 def _check_together(prefixes: Sequence[Path], headers: Sequence[IndexHeader]) -> None:

@@ -31,11 +31,13 @@ class Batch:
 
     Attributes:
         texts: for each field, the text of each record.
+        domains: the domain of each record; None without --domain-key.
         name: says which record stands at a place here, as `FILE line 17`.
     """
 
     texts: list[list[str]]
     name: Callable[[int], str]
+    domains: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts[0])
@@ -58,10 +60,12 @@ class InputReader:
     Args:
         keys: fields with text.
         max_document_bytes: longer texts are errors.
+        domain_key: field with the record's domain.
     """
 
-    def __init__(self, keys: Sequence[str], max_document_bytes: int) -> None:
-        self._keys = keys
+    def __init__(self, keys: Sequence[str], max_document_bytes: int, domain_key: str | None = None) -> None:
+        self._keys = (*keys, domain_key) if domain_key is not None else tuple(keys)
+        self._domain_key = domain_key
         self._max_document_bytes = max_document_bytes
         self._open: _Open | None = None
 
@@ -98,12 +102,13 @@ class InputReader:
             for key, values in zip(self._keys, columns, strict=True):
                 for place, value in enumerate(values):
                     check_text(value, key, name(place))
-            yield Batch(columns, name)
+            yield self._batch(columns, name)
 
     def _lines(self, task: Task) -> Iterator[Batch]:
         plain_text = base_suffix(task.path) == ".txt"
         if plain_text and len(self._keys) > 1:
-            raise UserError(f"--json-keys {' '.join(self._keys)}: {task.path} is plain text and has no fields")
+            flag = f"--domain-key {self._domain_key}" if self._domain_key else f"--json-keys {' '.join(self._keys)}"
+            raise UserError(f"{flag}: {task.path} is plain text and has no fields")
         reader = self._reader(task)
         if task.number == 0 and not plain_text and reader.begins_with(b"["):
             raise UserError(
@@ -121,7 +126,7 @@ class InputReader:
             if plain_text:
                 yield Batch([[_plain(line, task.path, number, place) for place, line in enumerate(lines)]], name)
             else:
-                yield Batch(self._parse(lines, task.path, number), name)
+                yield self._batch(self._parse(lines, task.path, number), name)
         if self._open is not None:
             self._open.done_to = task.stop
 
@@ -133,8 +138,17 @@ class InputReader:
         for place, line in enumerate(lines):
             one = _fast_columns([line], self._keys)
             for key, column in enumerate(columns):
-                column.append(one[key][0] if one else parse_document(line, self._keys[key], path, number(place)))
+                column.append(one[key][0] if one else self._value(line, self._keys[key], path, number(place)))
         return columns
+
+    def _value(self, line: bytes, key: str, path: Path, number: int) -> str:
+        return parse_document(line, key, path, number, self._flag(key))
+
+    def _batch(self, columns: list[list[str]], name: Callable[[int], str]) -> Batch:
+        return Batch(columns, name) if self._domain_key is None else Batch(columns[:-1], name, columns[-1])
+
+    def _flag(self, key: str) -> str:
+        return "--domain-key" if key == self._domain_key else "--json-key"
 
     def _check_sizes(self, texts: list[str], batch: Batch) -> None:
         # A character has at most four bytes.

@@ -65,7 +65,16 @@ def preprocess(
         for place, (key, prefix) in enumerate(job.prefixes(output_prefix).items()):
             if totals[key].documents == 0:
                 raise UserError(f"--input {files[0]}: every document is empty" + _in_field(key, job))
-            own = [Part(task.name, place, done.totals[place], done.checksums[place]) for task, done in parts.in_order()]
+            own = [
+                Part(
+                    task.name,
+                    place,
+                    done.totals[place],
+                    dict(zip(job.columns, done.checksums[place], strict=True)),
+                    done.domains,
+                )
+                for task, done in parts.in_order()
+            ]
             outputs += assemble(workspace, own, prefix, key, token_dtype(tokenizer.vocab_size), shard_tokens)
         report = PreprocessReport(
             totals=totals,

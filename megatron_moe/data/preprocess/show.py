@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moe.config.base import UserError
+from megatron_moe.data.domains import Domains, has_domains, read_domains
 from megatron_moe.data.indexed import bin_path
 from megatron_moe.data.indexed_stream import PairReader
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -38,6 +39,10 @@ def inspect(
             f"{prefix}: {header.documents:,} documents, {header.sequences:,} sequences, {tokens:,} tokens of "
             f"{header.dtype} ({tokens * header.dtype.itemsize:,} bytes)"
         )
+        domains = read_domains(prefix, header.documents, _FLAG) if has_domains(prefix) else None
+        if domains is not None:
+            shares = zip(domains.names, domains.documents, strict=True)
+            yield "domains: " + ", ".join(f"{number} {name} ({count:,})" for number, (name, count) in enumerate(shares))
         if header.sequences != header.documents:
             yield f"documents are divided into sequences: {header.sequences / max(1, header.documents):.2f} each"
         if tokenizer is not None:
@@ -45,9 +50,9 @@ def inspect(
         for index in documents:
             if not 0 <= index < header.documents:
                 raise UserError(f"--document {index}: {prefix} holds documents 0 to {header.documents - 1}")
-            yield from _show(pair, index, tokenizer, None)
+            yield from _show(pair, index, tokenizer, None, domains)
         for index in range(min(first, header.documents)):
-            yield from _show(pair, index, tokenizer, characters)
+            yield from _show(pair, index, tokenizer, characters, domains)
 
 
 def _ends(pair: PairReader, tokenizer: Tokenizer) -> str:
@@ -69,10 +74,13 @@ def _ends(pair: PairReader, tokenizer: Tokenizer) -> str:
     return text + (f", and inside {inside:,}" if inside else "")
 
 
-def _show(pair: PairReader, index: int, tokenizer: Tokenizer | None, characters: int | None) -> Iterator[str]:
+def _show(
+    pair: PairReader, index: int, tokenizer: Tokenizer | None, characters: int | None, domains: Domains | None
+) -> Iterator[str]:
     sequences = [sequence.tolist() for sequence in pair.document(index)]
     sizes = ", ".join(str(len(sequence)) for sequence in sequences)
-    yield f"\n--- document {index}: {sum(map(len, sequences)):,} tokens" + (
+    domain = "" if domains is None else f" of {domains.names[int(domains.ids[index])]}"
+    yield f"\n--- document {index}{domain}: {sum(map(len, sequences)):,} tokens" + (
         f" in sequences of {sizes}" if len(sequences) > 1 else ""
     )
     for sequence in sequences:

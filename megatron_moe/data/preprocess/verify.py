@@ -6,6 +6,7 @@ many processes can work on it and memory stays small.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import numpy.typing as npt
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.data.command_line import byte_progress
+from megatron_moe.data.domains import DTYPE, check_same_names, read_domains
 from megatron_moe.data.files import base_suffix, iterate_lines, open_stream
-from megatron_moe.data.indexed import token_dtype
+from megatron_moe.data.indexed import read_header, token_dtype
 from megatron_moe.data.indexed_stream import PairReader
 from megatron_moe.data.pool import run_tasks
 from megatron_moe.data.preprocess.job import Preprocessing
 from megatron_moe.data.preprocess.parquet import row_count
-from megatron_moe.data.preprocess.read import InputReader
+from megatron_moe.data.preprocess.read import Batch, InputReader
 from megatron_moe.data.preprocess.sentences import split_sentences
 from megatron_moe.data.preprocess.tasks import Plan, Task
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
@@ -33,12 +35,13 @@ _READ = 1 << 20
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a piece of the input gives in one field; digests of ids, tokens of sequences, sequences of documents."""
+    """What a piece of the input gives in one field; digests of ids, tokens of sequences, sequences of documents and
+    domains."""
 
     documents: int
     sequences: int
     tokens: int
-    digests: tuple[str, str, str]
+    digests: tuple[str, ...]
 
 
 def expected_document(text: str, tokenizer: Tokenizer, job: Preprocessing) -> list[list[int]]:
@@ -76,9 +79,12 @@ def verify(inputs: Sequence[Path], pairs: dict[str, list[Path]], job: Preprocess
         raise ConfigError(f"--workers {workers}: must be at least 1")
     tokenizer = load_tokenizer(job.data, job.vocab_size)
     plan = Plan(inputs)
+    if job.domain_key is not None:
+        # As the pairs number them: names are compared with those of the input, whatever their numbers.
+        job = dataclasses.replace(job, domains=_domain_names(pairs))
     records: dict[Path, int] = dict.fromkeys(inputs, 0)
     with contextlib.ExitStack() as files:
-        cursors = [files.enter_context(_Cursor(pairs[key], tokenizer)) for key in job.json_keys]
+        cursors = [files.enter_context(_Cursor(pairs[key], tokenizer, job)) for key in job.json_keys]
         for task, (lines, fields) in _in_order(plan, job, workers):
             records[task.path] += lines
             for cursor, expected, place in zip(cursors, fields, range(len(fields)), strict=True):
@@ -97,16 +103,20 @@ class _Checker:
     def __init__(self, job: Preprocessing) -> None:
         self._job = job
         self._tokenizer = load_tokenizer(job.data, job.vocab_size)
-        self._reader = InputReader(job.json_keys, job.max_document_bytes)
+        self._reader = InputReader(job.json_keys, job.max_document_bytes, job.domain_key)
 
     def __call__(self, task: Task) -> tuple[int, list[_Expected], bool, int]:
         digests = [_Digest(token_dtype(self._tokenizer.vocab_size)) for _ in self._job.json_keys]
         lines = 0
         for batch in self._reader.read(task):
             lines += len(batch)
+            domains = _expected_domains(batch, self._job)
             for digest, texts in zip(digests, batch.texts, strict=True):
-                for text in texts:
-                    digest.add(expected_document(text, self._tokenizer, self._job))
+                for place, text in enumerate(texts):
+                    digest.add(
+                        expected_document(text, self._tokenizer, self._job),
+                        domains[place : place + 1] if domains else [],
+                    )
         ended, position = self._reader.stream_state(task)
         return lines, [digest.result() for digest in digests], ended, position
 
@@ -114,26 +124,30 @@ class _Checker:
 class _Digest:
     def __init__(self, dtype: np.dtype) -> None:
         self._dtype = dtype
-        self._hashes = [hashlib.blake2b(digest_size=16) for _ in range(3)]
-        self._counts = [0, 0, 0]
+        self._hashes = [hashlib.blake2b(digest_size=16) for _ in range(4)]
+        self._counts = [0, 0, 0, 0]
 
-    def add(self, sequences: list[list[int]]) -> None:
-        """Take in a document, unless it is empty."""
+    def add(self, sequences: list[list[int]], domains: list[int]) -> None:
+        """Take in a document and its domain, if it has one, unless it is empty."""
         if sequences:
             ids = np.array([index for sequence in sequences for index in sequence], self._dtype)
-            self.add_columns(ids, np.array(list(map(len, sequences)), "<i4"), np.array([len(sequences)], "<i4"))
+            self.add_columns(
+                ids,
+                np.array(list(map(len, sequences)), "<i4"),
+                np.array([len(sequences)], "<i4"),
+                np.array(domains, DTYPE),
+            )
 
     def add_columns(self, *columns: npt.NDArray[np.integer]) -> None:
-        """Take in ids, tokens of sequences and sequences of documents."""
+        """Take in ids, tokens of sequences, sequences of documents, and domains."""
         for place, values in enumerate(columns):
             self._hashes[place].update(values.tobytes())
             self._counts[place] += len(values)
 
     def result(self) -> _Expected:
         """All that was taken in."""
-        tokens, sequences, documents = self._counts
-        first, second, third = (digest.hexdigest() for digest in self._hashes)
-        return _Expected(documents, sequences, tokens, (first, second, third))
+        tokens, sequences, documents, _ = self._counts
+        return _Expected(documents, sequences, tokens, tuple(digest.hexdigest() for digest in self._hashes))
 
 
 def _in_order(plan: Plan, job: Preprocessing, workers: int) -> Generator[tuple[Task, tuple[int, list[_Expected]]]]:
@@ -162,7 +176,8 @@ def _in_order(plan: Plan, job: Preprocessing, workers: int) -> Generator[tuple[T
 class _Cursor:
     """The shards of a field, read forward."""
 
-    def __init__(self, prefixes: Sequence[Path], tokenizer: Tokenizer) -> None:
+    def __init__(self, prefixes: Sequence[Path], tokenizer: Tokenizer, job: Preprocessing) -> None:
+        self._job = job
         self._prefixes = prefixes
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._files = contextlib.ExitStack()
@@ -180,6 +195,7 @@ class _Cursor:
         self._tokens = _Bytes(_all_tokens(self._pairs))
         self._lengths = _Bytes(block.tobytes() for pair in self._pairs for block in pair.lengths())
         self._counts = _Bytes(_all_counts(self._pairs))
+        self._domains = _Bytes(_all_domains(self._pairs) if self._job.domain_key is not None else iter(()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,6 +207,7 @@ class _Cursor:
             (self._tokens, expected.tokens * self._dtype.itemsize),
             (self._lengths, 4 * expected.sequences),
             (self._counts, 4 * expected.documents),
+            (self._domains, DTYPE.itemsize * expected.documents if self._job.domain_key is not None else 0),
         )
         found = tuple(column.digest(size) for column, size in columns)
         self._before = self.documents
@@ -211,10 +228,18 @@ class _Cursor:
             index -= pair.header.documents
         return None
 
+    def domain(self, index: int) -> int | None:
+        """Of a document; None at the end."""
+        for pair in self._pairs:
+            if index < pair.header.documents:
+                return int(read_domains(pair.prefix, pair.header.documents, _FLAG).ids[index])
+            index -= pair.header.documents
+        return None
+
     def check_end(self) -> None:
         """Nothing may follow."""
         total = sum(pair.header.documents for pair in self._pairs)
-        rest = [column.rest() for column in (self._tokens, self._lengths, self._counts)]
+        rest = [column.rest() for column in (self._tokens, self._lengths, self._counts, self._domains)]
         if total != self.documents or any(rest):
             raise UserError(
                 f"{self._pairs[-1].where}: holds {total:,} documents, but the input gives {self.documents:,}"
@@ -273,9 +298,35 @@ def _all_counts(pairs: Sequence[PairReader]) -> Iterator[bytes]:
             last = int(ends[-1])
 
 
+def _all_domains(pairs: Sequence[PairReader]) -> Iterator[bytes]:
+    for pair in pairs:
+        ids = read_domains(pair.prefix, pair.header.documents, _FLAG).ids
+        for start in range(0, len(ids), _READ):
+            yield ids[start : start + _READ].tobytes()
+
+
+def _domain_names(pairs: dict[str, list[Path]]) -> tuple[str, ...]:
+    prefixes = [prefix for several in pairs.values() for prefix in several]
+    domains = [read_domains(prefix, read_header(prefix, _FLAG).documents, _FLAG) for prefix in prefixes]
+    check_same_names(domains, _FLAG)
+    return domains[0].names
+
+
+def _expected_domains(batch: Batch, job: Preprocessing) -> list[int]:
+    """Numbers of the records' domains; none where they have none."""
+    if batch.domains is None or job.domains is None:
+        return []
+    unknown = next((place for place, name in enumerate(batch.domains) if name not in job.domains), None)
+    if unknown is not None:
+        known = ", ".join(job.domains)
+        raise UserError(f"{batch.name(unknown)}: domain {batch.domains[unknown]!r}, but the pair knows only {known}")
+    return [job.domains.index(name) for name in batch.domains]
+
+
 def _name_difference(task: Task, place: int, cursor: _Cursor, tokenizer: Tokenizer, job: Preprocessing) -> None:
     """Raise an error that names the first document of a piece that is not as expected."""
-    for batch in InputReader(job.json_keys, job.max_document_bytes).read(task):
+    for batch in InputReader(job.json_keys, job.max_document_bytes, job.domain_key).read(task):
+        domains = _expected_domains(batch, job)
         for number, text in enumerate(batch.texts[place]):
             expected = expected_document(text, tokenizer, job)
             if not expected:
@@ -286,6 +337,12 @@ def _name_difference(task: Task, place: int, cursor: _Cursor, tokenizer: Tokeniz
                 raise UserError(
                     f"{cursor.where}: document {index} is not {batch.name(number)}: {_describe(found)}, "
                     f"expected {_describe(expected)}"
+                )
+            if domains and job.domains and (domain := cursor.domain(index)) != domains[number]:
+                shown = "missing" if domain is None else job.domains[domain]
+                raise UserError(
+                    f"{cursor.where}: the domain of document {index} is {shown}, {batch.name(number)} says "
+                    f"{job.domains[domains[number]]}"
                 )
     raise UserError(f"{cursor.where}: the documents of {task.path} are there, but the index divides them otherwise")
 

@@ -6,12 +6,16 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.data.domains import DTYPE, MOST_DOMAINS
 from megatron_moe.data.preprocess.encode import Encoded, encode_texts
 from megatron_moe.data.preprocess.job import Preprocessing, Totals
 from megatron_moe.data.preprocess.read import Batch, InputReader
 from megatron_moe.data.preprocess.tasks import Task
-from megatron_moe.data.preprocess.workspace import COLUMNS, Done, Workspace
+from megatron_moe.data.preprocess.workspace import Done, Workspace
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer
 
 
@@ -28,7 +32,7 @@ class PartWriter:
         self._job = job
         self._workspace = workspace
         self._tokenizer = tokenizer or load_tokenizer(job.data, job.vocab_size)
-        self._reader = InputReader(job.json_keys, job.max_document_bytes)
+        self._reader = InputReader(job.json_keys, job.max_document_bytes, job.domain_key)
 
     def __call__(self, task: Task) -> Done:
         """Tokenize a piece of the input, and leave its part.
@@ -38,20 +42,62 @@ class PartWriter:
         """
         totals = [Totals() for _ in self._job.json_keys]
         lines = 0
+        numbers = DomainNumbers(self._job)
         with contextlib.ExitStack() as files:
             columns = [
                 files.enter_context(_Columns(self._workspace, task, place, self._job)) for place in range(len(totals))
             ]
             for batch in self._reader.read(task):
                 lines += len(batch)
+                domains = numbers.of(batch)
                 for place, texts in enumerate(batch.texts):
                     encoded = encode_batch(batch, texts, self._tokenizer, self._job)
-                    columns[place].write(encoded)
+                    columns[place].write(encoded, domains)
                     totals[place] += encoded.totals
         ended, position = self._reader.stream_state(task)
-        done = Done(tuple(totals), lines, tuple(column.checksums for column in columns), ended, position)
+        checksums = tuple(column.checksums for column in columns)
+        done = Done(tuple(totals), lines, checksums, ended, position, numbers.names)
         self._workspace.write_done(task.name, done)
         return done
+
+
+class DomainNumbers:
+    """Numbers of the domains of records: those of --domains, or in the order in which names occur.
+
+    Args:
+        job: says which field they stand in, if any.
+    """
+
+    def __init__(self, job: Preprocessing) -> None:
+        self._job = job
+        self._numbers = {name: number for number, name in enumerate(job.domains or ())}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of their numbers."""
+        return tuple(self._numbers)
+
+    def of(self, batch: Batch) -> npt.NDArray[np.uint16] | None:
+        """[records]; None without --domain-key.
+
+        Raises:
+            UserError: a domain that --domains does not name, or more than there can be; names the record.
+        """
+        if batch.domains is None:
+            return None
+        for place, name in enumerate(batch.domains):
+            if name in self._numbers:
+                continue
+            if self._job.domains is not None:
+                known = " ".join(self._job.domains)
+                raise UserError(f"{batch.name(place)}: domain {name!r} is none of --domains {known}")
+            if len(self._numbers) == MOST_DOMAINS:
+                raise UserError(
+                    f"{batch.name(place)}: --domain-key {self._job.domain_key} has more than {MOST_DOMAINS:,} "
+                    "different values; name a field that tells few kinds of text apart"
+                )
+            self._numbers[name] = len(self._numbers)
+        return np.fromiter((self._numbers[name] for name in batch.domains), DTYPE, len(batch.domains))
 
 
 def encode_batch(batch: Batch, texts: list[str], tokenizer: Tokenizer, job: Preprocessing) -> Encoded:
@@ -76,7 +122,8 @@ class _Columns:
     """The files of one part and field, which get their names when all of them are whole."""
 
     def __init__(self, workspace: Workspace, task: Task, place: int, job: Preprocessing) -> None:
-        names = COLUMNS if job.split_sentences else COLUMNS[:-1]
+        names = job.columns
+        self._names = names
         self._where = workspace.where
         self._paths = [workspace.column(task.name, place, column) for column in names]
         self._files: dict[Path, BinaryIO] = {}
@@ -96,12 +143,18 @@ class _Columns:
             raise disk_error(self._where, error) from error
         return self
 
-    def write(self, encoded: Encoded) -> None:
+    def write(self, encoded: Encoded, domains: npt.NDArray[np.uint16] | None) -> None:
         """Append to every column."""
+        values: dict[str, npt.NDArray[np.generic]] = {
+            "bin": encoded.tokens,
+            "lengths": encoded.lengths,
+            "documents": encoded.documents,
+        }
+        if domains is not None:
+            values["domains"] = domains[encoded.written]
         try:
-            every_column = (encoded.tokens, encoded.lengths, encoded.documents)
-            for place, (file, values) in enumerate(zip(self._files.values(), every_column, strict=False)):
-                content = values.tobytes()
+            for place, (name, file) in enumerate(zip(self._names, self._files.values(), strict=True)):
+                content = values[name].tobytes()
                 file.write(content)
                 self._checksums[place] = zlib.crc32(content, self._checksums[place])
         except OSError as error:

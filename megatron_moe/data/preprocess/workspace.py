@@ -4,6 +4,7 @@
     lock                    held by the one run that works here
     NAME.0.bin .lengths ... of piece NAME (tasks.py), for every field: tokens, int32 tokens of each sequence, int32
     NAME.0.documents        sequences of each document (with --split-sentences only)
+    NAME.0.domains          domain of each document, uint16 (with --domain-key only), counted in the piece's own names
     NAME.done               counts and checksums of the piece; written last, so it says the files above are whole
 
 Nothing here waits for the disk: after a power failure a file may not hold what was written. The checksums, compared
@@ -23,7 +24,6 @@ from megatron_moe.config.base import UserError, disk_error
 from megatron_moe.data.files import atomic_write, locked_file
 from megatron_moe.data.preprocess.job import Totals, fingerprint
 
-COLUMNS = ("bin", "lengths", "documents")
 _JOB = "job"
 _LOCK = "lock"
 
@@ -36,6 +36,7 @@ class Done:
         totals: counts, a field each.
         lines: lines or rows of the input in it.
         ended: the file's end was seen in it.
+        domains: names of the domains that occur, in the order in which they do.
         position: bytes of the file on the disk read so far, for a compressed file; else 0.
         checksums: crc32 of each column, by field.
     """
@@ -45,6 +46,7 @@ class Done:
     checksums: tuple[tuple[int, ...], ...]
     ended: bool = False
     position: int = 0
+    domains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Workspace:
             saved = json.loads((self.folder / f"{name}.done").read_bytes())
             totals = tuple(Totals(**counts) for counts in saved.pop("totals"))
             checksums = tuple(map(tuple, saved.pop("checksums")))
-            return Done(totals=totals, checksums=checksums, **saved)
+            domains = tuple(saved.pop("domains", ()))
+            return Done(totals=totals, checksums=checksums, domains=domains, **saved)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, AttributeError):
