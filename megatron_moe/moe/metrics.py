@@ -3,28 +3,13 @@
 Shape legend: L = layers of the whole model, E = experts of a layer, M = experts of the largest layer.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from megatron_moe.moe.layer import moe_layers
-
-
-@dataclass(frozen=True)
-class LayerLoad:
-    """Load of one MoE layer over a step, all ranks together."""
-
-    layer: int
-    """Counted from 1."""
-    tokens: list[int]
-    """Token assignments that each expert processed."""
-    dropped: int
-    """Assignments that found their expert full and were not made."""
-    recycled: int = 0
-    """Assignments that found their expert full and went to another."""
+from megatron_moe.moe.load import LayerLoad
 
 
 def collect_loads(model: list[torch.nn.Module], experts_per_layer: tuple[int, ...]) -> list[LayerLoad]:

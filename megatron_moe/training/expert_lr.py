@@ -41,3 +41,10 @@ def expert_factors(run: RunConfig) -> tuple[float, ...]:
     """The factor of every MoE layer, in order."""
     counts = expert_layout(run).counts
     return tuple(expert_factor(run.optimizer, count, run.moe.moe_router_topk) for count in counts)
+
+
+def describe_factors(run: RunConfig) -> str:
+    """The factors in a line, each with the numbers of experts it is for."""
+    factors = dict(zip(expert_layout(run).counts, expert_factors(run), strict=True))
+    each = ", ".join(f"{factor:.3g} x for {count} experts" for count, factor in sorted(factors.items()))
+    return f"learning rate of the routed experts: {each}"

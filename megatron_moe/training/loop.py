@@ -27,6 +27,7 @@ from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_voc
 from megatron_moe.model.flops import training_flops_per_token
 from megatron_moe.model.gpt import build_model
 from megatron_moe.moe.layout import expert_layout
+from megatron_moe.moe.load import mean_shares
 from megatron_moe.moe.metrics import collect_aux_losses, collect_loads, discard_metrics
 from megatron_moe.moe.steps import StepClock
 from megatron_moe.runtime.distributed import World
@@ -35,6 +36,7 @@ from megatron_moe.runtime.seeds import set_seeds
 from megatron_moe.runtime.signals import StopSignals
 from megatron_moe.training.batches import BatchSchedule, total_steps
 from megatron_moe.training.expert_groups import learning_rates
+from megatron_moe.training.expert_lr import describe_factors, expert_factors
 from megatron_moe.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.step import Batch, StepResult, evaluate, train_step
@@ -198,6 +200,7 @@ class Trainer:
         }
         for name, value in aux.items():
             metrics[f"moe_{name}" if name in ("z_loss", "margin_loss") else "moe_aux_loss"] = value
+        metrics |= mean_shares(loads)
         reporter.step(metrics, loads)
 
     def _gather_parameters(self) -> None:
@@ -272,6 +275,8 @@ class Trainer:
             f"{parallel.context_parallel_size}, data {self.schedule.data_parallel_size} | "
             f"{expert_layout(self.run).describe()} | {self.run.training.precision}"
         )
+        if any(factor != 1.0 for factor in expert_factors(self.run)):
+            reporter.say(describe_factors(self.run))
         if progress.step:
             reporter.say(f"resumed at step {progress.step}, after {progress.consumed_samples} samples")
         if progress.step >= self.steps:

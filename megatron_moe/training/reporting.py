@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_moe.config.base import ConfigError, UserError, disk_error
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.rows import parse_row
-from megatron_moe.moe.metrics import LayerLoad
+from megatron_moe.moe.load import LayerLoad, scalars
 
 METRICS_FILE = "metrics.jsonl"
 LOAD_FILE = "expert_load.jsonl"
@@ -88,9 +88,8 @@ class Reporter:
             return
         self._write(METRICS_FILE, metrics)
         for load in loads:
-            row = {"step": metrics["step"], "layer": load.layer, "tokens": load.tokens, "dropped": load.dropped}
-            self._write(LOAD_FILE, row)
-        self._scalars(metrics, {f"moe/imbalance_layer_{load.layer}": imbalance(load.tokens) for load in loads})
+            self._write(LOAD_FILE, {"step": metrics["step"]} | load.row())
+        self._scalars(metrics, scalars(loads))
         self.say(describe_step(metrics, self._total))
 
     def evaluation(self, step: int, loss: float, perplexity: float) -> None:
@@ -168,12 +167,6 @@ def _is_nonfinite(value: Any) -> bool:
 
 def _step_of(step: int, total: int) -> str:
     return f"step {step:>{len(str(total))}}/{total}"
-
-
-def imbalance(tokens: list[int]) -> float:
-    """Largest expert's load over the mean; 1 is perfect balance, 0 means no tokens at all."""
-    total = sum(tokens)
-    return max(tokens) * len(tokens) / total if total else 0.0
 
 
 def truncate_after(path: Path, step: int) -> None:

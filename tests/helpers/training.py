@@ -39,7 +39,7 @@ def build_trainer(run: RunConfig) -> Any:
 
 def record_curve(trainer: Any) -> Curve:
     """Train to the end and return what the trainer reported."""
-    from megatron_moe.moe.metrics import LayerLoad
+    from megatron_moe.moe.load import LayerLoad
     from megatron_moe.training.reporting import Reporter
 
     curve = Curve()

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -98,10 +99,27 @@ def test_expert_load_of_every_logged_step(finished: tuple[RunConfig, Path, Curve
         (step, layer, experts) for step in LOGGED for layer, experts in ((2, 4), (4, 8))
     ]
     for line in lines:
-        assert set(line) == {"step", "layer", "tokens", "dropped"}
         # A line stands for one step, however seldom lines are written.
         assert sum(line["tokens"]) + line["dropped"] == 8 * 32
+        tokens = np.array(line["tokens"])
+        share = tokens[tokens > 0] / tokens.sum()
+        assert line == {
+            "step": line["step"],
+            "layer": line["layer"],
+            "tokens": line["tokens"],
+            "dropped": line["dropped"],
+            "recycled": 0,
+            "load_cv": pytest.approx(tokens.std() / tokens.mean()),
+            "load_entropy": pytest.approx(-(share * np.log(share)).sum() / math.log(len(tokens))),
+            "dropped_share": line["dropped"] / (8 * 32),
+            "recycled_share": 0.0,
+        }
     assert any(line["dropped"] for line in lines)
+    means = {"moe_load_cv": "load_cv", "moe_load_entropy": "load_entropy", "moe_dropped": "dropped_share"}
+    for row in (row for row in rows(folder / "metrics.jsonl") if "lm_loss" in row):
+        for name, key in means.items():
+            assert row[name] == pytest.approx(np.mean([line[key] for line in lines if line["step"] == row["step"]]))
+        assert row["moe_recycled"] == 0.0
 
 
 def test_tensorboard_has_the_same_numbers(finished: tuple[RunConfig, Path, Curve]) -> None:
@@ -114,6 +132,15 @@ def test_tensorboard_has_the_same_numbers(finished: tuple[RunConfig, Path, Curve
     assert [event.step for event in losses] == LOGGED
     assert [event.value for event in losses] == pytest.approx(curve.losses)
     assert {"moe/imbalance_layer_2", "moe/imbalance_layer_4", "eval_perplexity"} <= set(events.Tags()["scalars"])
+    for line in rows(folder / "expert_load.jsonl")[:2]:
+        for name, key in (
+            ("load_cv", "load_cv"),
+            ("load_entropy", "load_entropy"),
+            ("dropped", "dropped_share"),
+            ("recycled", "recycled_share"),
+        ):
+            event = events.Scalars(f"moe/{name}_layer_{line['layer']}")[0]
+            assert (event.step, event.value) == (line["step"], pytest.approx(line[key]))
 
 
 def pretrain(words: list[str]) -> None:
