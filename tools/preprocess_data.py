@@ -17,6 +17,10 @@ written is the same for any number of workers. Other commands:
     python tools/preprocess_data.py inspect data/train --tokenizer-model $MODEL --document 17
     python tools/preprocess_data.py stats   data/train --seq-length 2048
     python tools/preprocess_data.py merge   data/part1 data/part2 --output-prefix data/all
+    python tools/preprocess_data.py counts  data/train --output data/train.counts.npy
+
+With --domain-key FIELD the value of that field is the document's domain (--num-domains in training): its number
+stands in data/train.domains.npy, the names in data/train.domains.json.
 """
 
 import sys
@@ -26,6 +30,7 @@ from megatron_moe.data.command_line import run_tool
 from megatron_moe.data.preprocess import commands
 
 COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
+    "counts": commands.write_counts,
     "inspect": commands.inspect_pair,
     "merge": commands.merge_pairs,
     "stats": commands.print_stats,

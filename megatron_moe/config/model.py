@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_moe.config.base import ConfigError, require, require_fraction, require_positive
+from megatron_moe.config.base import ConfigError, format_value, require, require_fraction, require_positive
 
 MOST_LAYERS = 10_000
 # What an index of torch's kernels holds.
@@ -65,6 +65,9 @@ class ModelConfig:
     own."""
     num_domains: int | None = None
     """Domains of the text: the token files hold one for every document (tools/preprocess_data.py --domain-key)."""
+    domain_names: tuple[str, ...] | None = None
+    """Their names in the order of their numbers. Default: those that stand beside the token files, which then must be
+    these; checkpoints keep them, so that generate and score know domains by name."""
     domain_embedding: bool = False
     """Add a learned vector of the token's domain to its embedding (PanGu-Sigma)."""
     attention_dropout: float = 0.1
@@ -105,8 +108,7 @@ class ModelConfig:
         )
         reuse = self.attention_weight_reuse_prob
         require(0.0 <= reuse <= 1.0, "attention_weight_reuse_prob", reuse, "in [0, 1]")
-        if self.domain_embedding and self.num_domains is None:
-            raise ConfigError("--domain-embedding: needs --num-domains")
+        self._check_domains()
         for name in (
             "hidden_size",
             "ffn_hidden_size",
@@ -138,6 +140,18 @@ class ModelConfig:
                 f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
                 f"{self.seq_length}"
             )
+
+    def _check_domains(self) -> None:
+        names = self.domain_names
+        if self.num_domains is None and self.domain_embedding:
+            raise ConfigError("--domain-embedding: needs --num-domains")
+        if names is None:
+            return
+        if self.num_domains is None:
+            raise ConfigError("--domain-names: needs --num-domains")
+        if len(set(names)) < len(names) or len(names) > self.num_domains:
+            most = f"at most --num-domains {self.num_domains}"
+            raise ConfigError(f"--domain-names {format_value(names)}: must be different names, {most}")
 
     @property
     def ffn_size(self) -> int:

@@ -28,6 +28,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_dense(run)
     check_routing(run.moe, run.routing)
     check_domains(run.moe, run.routing, run.model.num_domains, experts_per_layer)
+    _check_use_of_domains(run)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
     _check_routing_embedding(run)
@@ -187,6 +188,12 @@ def _check_backends(run: RunConfig) -> None:
             "flex",
             "alltoall or allgather when --tensor-model-parallel-size and --expert-model-parallel-size are 1",
         )
+
+
+def _check_use_of_domains(run: RunConfig) -> None:
+    model = run.model
+    if model.num_domains is not None and not model.domain_embedding and run.moe.router != "random-routed":
+        raise ConfigError(f"--num-domains {model.num_domains}: needs --router random-routed or --domain-embedding")
 
 
 def _check_routing_embedding(run: RunConfig) -> None:

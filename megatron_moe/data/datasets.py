@@ -5,10 +5,11 @@ The order of samples is `sample_stream.py`'s; nothing in it depends on how many 
 Legend: B = samples in a micro-batch, S = --seq-length.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import Blend, parse_blend
-from megatron_moe.data.sample_index import FilePart, open_index, write_index
+from megatron_moe.data.domains import Domains, check_same_names, read_domains
+from megatron_moe.data.indexed import IndexedFile
+from megatron_moe.data.sample_index import FilePart, SampleDomains, open_index, write_index
 from megatron_moe.data.sample_stream import Sample, SampleStream, require_helpers
 from megatron_moe.data.stats import check_token_range
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -71,6 +74,7 @@ def build_datasets(
     files = {source.prefix: source for blend in blends if blend for source in blend.files}
     for source in files.values():
         check_token_range(source, vocab_size)
+    domains = _domains(list(files.values()), run)
     parts = [_parts(blend, split, flags.split if shared else None) for blend, split in zip(blends, Split, strict=True)]
     every_part = [part for split_parts in parts for part in split_parts]
     for part in every_part:
@@ -84,21 +88,58 @@ def build_datasets(
         dist.barrier()
     return Datasets(
         *(
-            _stream(blend, split_parts, run, tokenizer, cache) if blend else None
+            _stream(blend, split_parts, run, tokenizer, cache, domains) if blend else None
             for blend, split_parts in zip(blends, parts, strict=True)
         )
     )
 
 
-def _stream(blend: Blend, parts: list[FilePart], run: RunConfig, tokenizer: Tokenizer, cache: Path) -> SampleStream:
-    identity = {
+def with_domain_names(run: RunConfig, stream: SampleStream) -> RunConfig:
+    """The run with the names of the domains of its data filled in.
+
+    Raises:
+        UserError: --domain-names was given, and the data have others.
+    """
+    names, given = stream.domain_names, run.model.domain_names
+    if names is None or names == given:
+        return run
+    if given is not None:
+        raise UserError(f"--domain-names {' '.join(given)}: the token files have {' '.join(names)}")
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, domain_names=names))
+
+
+def _domains(files: list[IndexedFile], run: RunConfig) -> dict[str, Domains]:
+    """Domains of every file's documents, by prefix, where the run knows domains."""
+    if run.model.num_domains is None:
+        return {}
+    found = [read_domains(source.prefix, len(source.lengths)) for source in files]
+    for domains in found:
+        domains.check_number(run.model.num_domains)
+    check_same_names(found, "--data-path")
+    return {domains.prefix: domains for domains in found}
+
+
+def _stream(
+    blend: Blend,
+    parts: list[FilePart],
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    cache: Path,
+    domains: dict[str, Domains],
+) -> SampleStream:
+    identity: dict[str, Any] = {
         "--seed": run.training.seed,
         "--seq-length": run.model.seq_length,
         "files": [part.identity for part in parts],
         "weights": [weight / sum(blend.weights) for weight in blend.weights],
     }
     epochs = [open_index(part, run, tokenizer, cache) for part in parts]
-    return SampleStream(epochs, blend.weights, run.training.seed, identity)
+    if not domains:
+        return SampleStream(epochs, blend.weights, run.training.seed, identity)
+    own = [domains[part.source.prefix] for part in parts]
+    identity["domains"] = list(own[0].names)
+    lookups = [SampleDomains(epoch, known.ids) for epoch, known in zip(epochs, own, strict=True)]
+    return SampleStream(epochs, blend.weights, run.training.seed, identity, lookups, own[0].names)
 
 
 def _parts(blend: Blend | None, split: Split, shares: str | None) -> list[FilePart]:
@@ -216,7 +257,7 @@ def build_data_iterator(
 
     Yields:
         CPU tensors [B, S]: tokens, labels and position_ids int64, loss_mask float32; and [B]: samples int64, their
-        numbers in the stream.
+        numbers in the stream. With --num-domains also domains int64 [B, S].
     """
     loader = DataLoader(
         dataset,
@@ -258,4 +299,5 @@ def build_eval_iterator(
 
 def _collate(samples: list[Sample]) -> Batch:
     """Samples of [S] tensors to a batch of [B, S]."""
-    return {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS}
+    keys = (*_BATCH_KEYS, "domains") if "domains" in samples[0] else _BATCH_KEYS
+    return {key: torch.stack([sample[key] for sample in samples]) for key in keys}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -165,6 +166,29 @@ def open_index(part: FilePart, run: RunConfig, tokenizer: Tokenizer, cache: Path
             "writes it again"
         ) from error
     return dataset
+
+
+class SampleDomains:
+    """The domain of every token of a sample: that of the document the token stands in.
+
+    Args:
+        epoch: samples of `open_index`.
+        ids: [documents] domains of the token file's documents.
+    """
+
+    def __init__(self, epoch: GPTDataset, ids: npt.NDArray[np.uint16]) -> None:
+        self._epoch = epoch
+        self._ids = ids
+
+    def __getitem__(self, sample: int) -> npt.NDArray[np.int64]:
+        """[S], put together as GPTDataset does (`_query_document_sample_shuffle_indices`)."""
+        epoch = self._epoch
+        place = epoch.shuffle_index[sample]
+        (first, skipped), (last, _) = epoch.sample_index[place], epoch.sample_index[place + 1]
+        documents = epoch.document_index[first : last + 1]
+        lengths = epoch.dataset.sequence_lengths[documents].astype(np.int64)
+        lengths[0] -= skipped
+        return np.repeat(self._ids[documents].astype(np.int64), lengths)[: epoch.config.sequence_length]
 
 
 def _dataset(part: FilePart, run: RunConfig, tokenizer: Tokenizer, folder: Path) -> GPTDataset:

@@ -16,6 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
 from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.data.sample_index import SampleDomains
 from megatron_moe.data.sample_order import BlendOrder, EpochOrder
 
 Sample = dict[str, torch.Tensor]
@@ -37,19 +38,30 @@ class Place(NamedTuple):
 class SampleStream(Dataset[Sample]):
     """Endless samples of one split: index it with any number from 0 on; it has no length.
 
-    A sample is what megatron-core's GPTDataset makes of it, and `samples`, its number here.
+    A sample is what megatron-core's GPTDataset makes of it, and `samples`, its number here; and `domains` [S] where the
+    files have them.
 
     Args:
         epochs: one epoch of each file.
         weights: shares of the files; only their ratios matter.
         seed: chooses the order of samples in every epoch but the first, which the index holds.
         identity: what the stream depends on, by name, for `change_of_data`.
+        domains: of each file.
+        domain_names: in the order of their numbers.
     """
 
     def __init__(
-        self, epochs: Sequence[GPTDataset], weights: Sequence[float], seed: int, identity: Mapping[str, Any]
+        self,
+        epochs: Sequence[GPTDataset],
+        weights: Sequence[float],
+        seed: int,
+        identity: Mapping[str, Any],
+        domains: Sequence[SampleDomains] | None = None,
+        domain_names: tuple[str, ...] | None = None,
     ) -> None:
         self._epochs = epochs
+        self._domains = domains
+        self.domain_names = domain_names
         self._orders = [EpochOrder(len(epoch), seed, file) for file, epoch in enumerate(epochs)]
         self._blend = blend_order(weights) if len(epochs) > 1 else None
         self.identity = dict(identity)
@@ -66,7 +78,10 @@ class SampleStream(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         place = self.locate(position)
-        return self._epochs[place.file][place.sample] | {"samples": torch.tensor(position)}
+        sample = self._epochs[place.file][place.sample] | {"samples": torch.tensor(position)}
+        if self._domains is not None:
+            sample["domains"] = torch.from_numpy(self._domains[place.file][place.sample])
+        return sample
 
 
 def blend_order(weights: Sequence[float], length: int = PATTERN_LENGTH) -> BlendOrder:

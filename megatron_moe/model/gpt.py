@@ -21,6 +21,7 @@ from megatron_moe.moe.inputs import CHANNELS
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.routers.base import RouterStart
 from megatron_moe.moe.routing_embedding import RoutingEmbedding
+from megatron_moe.moe.token_map import read_counts
 from megatron_moe.runtime import replace
 
 type GptChunk = PyramidGpt | Float16Module
@@ -111,9 +112,18 @@ def build_chunk(
     )
     if initialize:
         initialize_weights(chunk, seed=run.training.seed, std=model.init_method_std, num_layers=model.num_layers)
+        start = RouterStart(run.training.seed, model.padded_vocab_size, _token_counts(run))
         for layer in moe_layers(chunk):
-            layer.router.start_run(RouterStart(run.training.seed, model.padded_vocab_size, token_counts=None))
+            layer.router.start_run(start)
     return chunk
+
+
+def _token_counts(run: RunConfig) -> torch.Tensor | None:
+    file = run.routing.router_token_counts
+    if file is None:
+        return None
+    domains = run.model.num_domains if run.moe.router == "random-routed" else None
+    return read_counts(file, run.model.padded_vocab_size, domains)
 
 
 def build_model(run: RunConfig, *, inference: bool = False, initialize: bool = True) -> list[GptChunk]:

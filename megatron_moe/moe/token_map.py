@@ -7,14 +7,53 @@ Shape legend: V = token ids, K = experts of a token.
 
 import heapq
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_moe.config.base import UserError
 from megatron_moe.moe.token_random import uniform
 
 _PURPOSE_UNIFORM = 0x6D61702D31
 _PURPOSE_ORDER = 0x6D61702D32
 _PURPOSE_TIE = 0x6D61702D33
+
+
+def read_counts(file: str, vocab_size: int, domains: int | None) -> Tensor:
+    """What `tools/preprocess_data.py counts` wrote: how often each token id occurs, padded with zeros.
+
+    Args:
+        file: .npy of integers, [ids], or [domains, ids] where the text has domains.
+        vocab_size: V, the padded vocabulary.
+        domains: of the model; None: it knows none, so counts by domain are added up.
+
+    Returns:
+        [V], or [domains, V], int64.
+
+    Raises:
+        UserError: the file is missing, is no such file, or of another vocabulary or other domains.
+    """
+    flag, cure = f"--router-token-counts {file}", "write it with tools/preprocess_data.py counts"
+    try:
+        counts = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}: no such file; {cure}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{flag}: no array of numbers ({str(error).splitlines()[0]}); {cure}") from error
+    if not isinstance(counts, np.ndarray) or not np.issubdtype(counts.dtype, np.integer) or counts.ndim not in (1, 2):
+        raise UserError(f"{flag}: must hold one integer for each token id, or for each domain and token id; {cure}")
+    if not 0 < counts.shape[-1] <= vocab_size or bool((counts < 0).any()) or not counts.any():
+        raise UserError(
+            f"{flag}: holds counts of {counts.shape[-1]} token ids, the vocabulary has {vocab_size}; {cure} and the "
+            "run's tokenizer"
+        )
+    if domains is None and counts.ndim == 2:
+        counts = counts.sum(axis=0)
+    if domains is not None and counts.ndim == 2 and counts.shape[0] > domains:
+        raise UserError(f"{flag}: holds {counts.shape[0]} domains; --num-domains is {domains}")
+    shape = (domains, vocab_size)[-counts.ndim :]
+    missing = [(0, (wanted or 0) - held) for wanted, held in zip(shape, counts.shape, strict=True)]
+    return torch.from_numpy(np.pad(counts.astype(np.int64), missing))
 
 
 def draw_uniform(vocab_size: int, experts: int, *keys: int, topk: int = 1) -> Tensor:

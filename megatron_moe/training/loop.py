@@ -21,7 +21,13 @@ from megatron_moe.checkpoint.state import Progress
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
-from megatron_moe.data.datasets import Datasets, build_data_iterator, build_datasets, build_eval_iterator
+from megatron_moe.data.datasets import (
+    Datasets,
+    build_data_iterator,
+    build_datasets,
+    build_eval_iterator,
+    with_domain_names,
+)
 from megatron_moe.data.sample_stream import change_of_data
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.model.flops import training_flops_per_token
@@ -75,6 +81,7 @@ class Trainer:
             check_same_tokenizer(run.data, tokenizer, find_checkpoint(run.checkpoint.load or ""))
         # Data before the model: a wrong path is found in a second, not after the weights are drawn.
         datasets = build_datasets(run, tokenizer, train=True, valid=run.training.eval_interval > 0)
+        run = with_domain_names(run, _present(datasets.train))
         set_seeds(run.training.seed)
         model = wrap_data_parallel(run, build_model(run, initialize=not resume))
         optimizer = build_optimizer(run, model)

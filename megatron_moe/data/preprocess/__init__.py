@@ -12,6 +12,7 @@ report.py       PREFIX.report.json
 verify.py       pairs against their input
 merge.py        pairs to one pair
 lengths.py      lengths and packing
+counts.py       how often each id occurs
 show.py         a pair for a person to read
 commands.py     the command lines
 """

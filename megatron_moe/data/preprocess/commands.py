@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
+
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.command_line import ToolParser, add_workers
-from megatron_moe.data.files import expand_inputs
+from megatron_moe.data.files import atomic_file, expand_inputs
+from megatron_moe.data.preprocess.counts import count_tokens
 from megatron_moe.data.preprocess.job import MAX_DOCUMENT_BYTES, Preprocessing, PreprocessReport
 from megatron_moe.data.preprocess.lengths import describe, measure
 from megatron_moe.data.preprocess.merge import expand_prefixes, merge
@@ -129,6 +132,22 @@ def print_stats(doc: str, argv: Sequence[str]) -> None:
     args = parser.parse_tool_args(argv)
     for prefix in expand_prefixes(args.prefixes, "stats"):
         print(f"{prefix}: " + describe(measure(prefix, args.seq_length)))
+
+
+def write_counts(doc: str, argv: Sequence[str]) -> None:
+    """Count token ids of pairs into a file, which --router-token-counts takes."""
+    parser = ToolParser(doc)
+    parser.add_argument("prefixes", type=Path, nargs="+", metavar="PREFIX", help="pairs, or folders of pairs")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npy of one count for each id")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids of the tokenizer (default: what the pairs' reports say)"
+    )
+    args = parser.parse_tool_args(argv)
+    counts = count_tokens(expand_prefixes(args.prefixes, "counts"), args.vocab_size)
+    with atomic_file(args.output) as stream:
+        np.save(stream, counts)
+    by_domain = f" in {counts.shape[0]} domains" if counts.ndim > 1 else ""
+    print(f"{args.output}: {int(counts.sum()):,} tokens of {counts.shape[-1]:,} ids{by_domain}")
 
 
 def _print_report(report: PreprocessReport) -> None:

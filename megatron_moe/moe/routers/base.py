@@ -26,7 +26,7 @@ class RouterStart:
     vocab_size: int
     """Padded."""
     token_counts: Tensor | None
-    """[V] how often each token id occurs, or None."""
+    """[V] how often each token id occurs, or [domains, V], or None."""
 
 
 class CountingRouter(MegatronModule):

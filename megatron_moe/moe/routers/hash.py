@@ -19,11 +19,8 @@ class HashRouter(FixedMapRouter):
         return int(self.config.vocab_rows)
 
     def draw(self, start: RouterStart) -> Tensor:
-        """The map [V, K]; counts by domain are added up."""
-        counts = start.token_counts
-        if counts is not None and counts.dim() > 1:
-            counts = counts.sum(dim=0)
-        return self.draw_one(start, counts, self.experts)
+        """The map [V, K]."""
+        return self.draw_one(start, start.token_counts, self.experts)
 
     def lookup(self) -> Tensor:
         """[N, K]."""

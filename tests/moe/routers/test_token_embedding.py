@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_moe.config.base import ConfigError
-from megatron_moe.config.validate import validate
 from tests.helpers.distributed import run_ranks
 from tests.helpers.equivalence import SMOOTH_ADAM
 from tests.helpers.models import Trained, assemble, assert_close, train_and_gather
