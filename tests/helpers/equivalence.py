@@ -126,6 +126,27 @@ ROTARY = {
 }
 DENSE = {"num_experts": None, "expert_interval": 1, "mlp_type": "standard"}
 
+FULL = {"moe_expert_capacity_factor": 1.0}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "topk": {"moe_router_noise": "rsample", "moe_router_topk": 2},
+    "large-margin": {"router": "large-margin", "router_margin_beta": 1.0},
+    "recycle": {"router": "recycle", **FULL},
+    "random-routed": {"router": "random-routed", "num_domains": 2, "domain_embedding": True},
+    "hash": {"router": "hash", "mlp_type": "standard"},
+    "base": {"router": "base"},
+    "expert-choice": {"router": "expert-choice"},
+    "token-embedding": {"router": "token-embedding"},
+}
+"""A router of every kind, as the axis of the grid; each beside residual MLPs unless it says otherwise."""
+
+PARTS: dict[str, dict[str, Any]] = {
+    "attention-weight reuse": {"attention_weight_reuse_prob": 0.5, "attention_weight_reuse_span": 2},
+    "cross-layer attention": ROTARY | {"cla_share_factor": 2},
+    "expert residual network": {"use_expert_residual_network": True, "expert_residual_layers": 2},
+    "expert learning rate": {"expert_lr_scale": "auto", "expert_adam_eps": 1e-2},
+}
+"""Other parts of a layer or of the optimizer."""
+
 MODELS: dict[str, dict[str, Any]] = {
     "pyramid-residual": SMOOTH_ADAM,
     "rotary": ROTARY | SMOOTH_ADAM,
@@ -133,6 +154,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": DENSE | SMOOTH_ADAM,
     "one micro-batch": SMOOTH_ADAM | {"micro_batch_size": 8, "moe_aux_loss_coeff": 0.0},
     "default epsilon": {},
+    **{f"router {name}": SMOOTH_ADAM | flags for name, flags in ROUTERS.items()},
+    **{name: SMOOTH_ADAM | flags for name, flags in PARTS.items()},
 }
 """Flags of the run that each group of cells is compared with, which is always one process:
 pyramid-residual: learned positions, LayerNorm, GELU, biases, tied embeddings, top-1 of 4 and of 8 experts beside a

@@ -9,7 +9,9 @@ from tests.helpers.equivalence import (
     CONTEXT,
     EXPERT,
     EXPERT_TENSOR,
+    PARTS,
     PIPELINE,
+    ROUTERS,
     TENSOR,
     VIRTUAL,
     Cell,
@@ -83,7 +85,8 @@ def covering_layouts() -> list[Layout]:
 def cells_under_test() -> list[Cell]:
     """What `make test` runs: every switch, and of the grid the layouts that cover all pairs."""
     names = {layout.name for layout in covering_layouts()}
-    return [cell for cell in all_cells() if cell.group != "grid" or cell.name in names]
+    chosen = [cell for cell in all_cells() if cell.group not in ("grid", "routers and parts") or cell.name in names]
+    return chosen + [cell for cell in routers() if cell.name.split(": ")[1] in ROUTER_LAYOUTS]
 
 
 ZERO1 = {"use_distributed_optimizer": True}
@@ -190,6 +193,26 @@ def default_epsilon() -> list[Cell]:
     return cells("Adam's default epsilon", "", {}, layouts, "default epsilon")
 
 
+ROUTER_LAYOUTS = {
+    "TP2 PP2 EP2 ETP1": {},
+    "CP2 EP2": full("uniform", 1),
+    "PP2i DP2": OVERLAP,
+}
+"""What `make test` runs of every router: layouts that cut a micro-batch up in every way, each with another switch."""
+
+
+def routers() -> list[Cell]:
+    """Every router, and the other parts that change a layer, under every kind of layout."""
+    found = []
+    for model in (*(f"router {name}" for name in ROUTERS), *PARTS):
+        for layout, switch in ROUTER_LAYOUTS.items():
+            found += cells("routers and parts", model, switch, [layout], model)
+        found += cells("routers and parts", model, selective("moe"), ["TP2 EP2 ETP2"], model)
+        others = [layout for layout in LAYOUTS if layout not in (*ROUTER_LAYOUTS, "one process", "TP2 EP2 ETP2")]
+        found += cells("routers and parts", model, {}, others, model)
+    return found
+
+
 def all_cells() -> list[Cell]:
     """Every cell, in the order of the page."""
     return [
@@ -201,6 +224,7 @@ def all_cells() -> list[Cell]:
         *sequence_parallel(),
         *second_model(),
         *default_epsilon(),
+        *routers(),
     ]
 
 
