@@ -40,9 +40,12 @@ def documents(count: int, seed: int = 0) -> list[str]:
     return ["\n".join(paragraph() for _ in range(random_.randint(1, 4))) for _ in range(count)]
 
 
-def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    """One {"text": ...} a line."""
-    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+def write_jsonl(path: Path, texts: Sequence[str], domains: Sequence[str] = ()) -> Path:
+    """One {"text": ...} a line; with `domains`, which take turns, in a field `domain`."""
+    rows = [{"text": text} for text in texts]
+    if domains:
+        rows = [row | {"domain": domains[number % len(domains)]} for number, row in enumerate(rows)]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
     return path

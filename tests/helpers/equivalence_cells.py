@@ -205,11 +205,16 @@ def routers() -> list[Cell]:
     """Every router, and the other parts that change a layer, under every kind of layout."""
     found = []
     for model in (*(f"router {name}" for name in ROUTERS), *PARTS):
+        # Virtual stages hold one layer here, and these hand something on from one layer to the next.
+        within = model in ("attention-weight reuse", "cross-layer attention")
         for layout, switch in ROUTER_LAYOUTS.items():
             found += cells("routers and parts", model, switch, [layout], model)
         found += cells("routers and parts", model, selective("moe"), ["TP2 EP2 ETP2"], model)
         others = [layout for layout in LAYOUTS if layout not in (*ROUTER_LAYOUTS, "one process", "TP2 EP2 ETP2")]
         found += cells("routers and parts", model, {}, others, model)
+        found = [cell for cell in found if not (within and cell.model == model and VIRTUAL in cell.flags)]
+        if within:
+            found += cells("routers and parts", model, OVERLAP, ["PP2 DP2"], model)
     return found
 
 

@@ -11,6 +11,7 @@ from megatron_moe.data.preprocess import Preprocessing, preprocess
 from megatron_moe.data.tokenizer.build import train_tokenizer
 from tests.data.chinese_text import documents, write_jsonl
 
+DOMAINS = ("news", "novel")
 BASE: dict[str, dict[str, Any]] = {
     "model": {
         "num_layers": 4,
@@ -45,11 +46,13 @@ def write_tiny_data(folder: Path) -> Path:
 
 
 def write_data(folder: Path, texts: dict[str, list[str]], vocabulary: int) -> Path:
-    """Write a tokenizer learned from `train`, and a token file for each of the texts."""
+    """Write a tokenizer learned from `train`, and a token file for each of the texts. Documents take turns between
+    two domains."""
     folder.mkdir(exist_ok=True)
-    paths = {name: write_jsonl(folder / f"{name}.jsonl", text) for name, text in texts.items()}
+    paths = {name: write_jsonl(folder / f"{name}.jsonl", text, domains=DOMAINS) for name, text in texts.items()}
     train_tokenizer([paths["train"]], folder / "bpe.model", vocabulary, split_by_unicode_script=True)
-    job = Preprocessing(data=DataConfig(tokenizer_model=str(folder / "bpe.model")))
+    tokens = DataConfig(tokenizer_model=str(folder / "bpe.model"))
+    job = Preprocessing(data=tokens, domain_key="domain", domains=DOMAINS)
     for name, path in paths.items():
         preprocess([path], folder / name, job)
     return folder
