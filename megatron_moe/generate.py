@@ -35,8 +35,16 @@ def main(argv: Sequence[str]) -> None:
     )
     options: GenerateOptions = flags["generation"]
     # torch is imported below: --help and wrong flags answer at once.
+    from megatron_moe.inference.domains import text_domains
     from megatron_moe.inference.output import check_output, json_line, write_text
-    from megatron_moe.inference.prompts import check_lengths, continuation_text, describe, encode_prompts, read_prompts
+    from megatron_moe.inference.prompts import (
+        JSON_LINES,
+        check_lengths,
+        continuation_text,
+        describe,
+        encode_prompts,
+        read_prompts,
+    )
     from megatron_moe.inference.saved_model import open_checkpoint
     from megatron_moe.runtime.distributed import environment_world_size
 
@@ -44,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
     texts = read_prompts(options)
     prompts = encode_prompts(texts, saved.tokenizer)
     check_lengths(prompts, options.max_new_tokens, saved.max_positions)
+    rows_file = options.prompt_file if (options.prompt_file or "").endswith(JSON_LINES) else None
+    domains = text_domains(len(prompts), saved.run.model, options.domain, rows_file)
     if options.output is not None:
         check_output(options.output, options.prompt_file or "")
     from megatron_moe.inference.generation import generate
@@ -58,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
         num_samples=options.num_samples,
         micro_batch_size=options.micro_batch_size,
         kv_cache=options.kv_cache,
+        domains=domains,
     )
     if not model.is_main:
         return

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m megatron_moe.score --load runs/tiny --input texts.jsonl --output scores.jsonl \\
         --pipeline-model-parallel-size 2
 
-A line of the input is a JSON object with `text`, or with `ids`. Its line of the output holds ids, logprobs (natural
+A line of the input is a JSON object with `text`, or with `ids`, and, for a model that knows domains, with `domain` (or
+--domain says it for all). Its line of the output holds ids, logprobs (natural
 logarithms, one per token after the first), their sum and mean, and perplexity = exp(-mean). To score a text's first
 token as well, give ids that begin with the end-of-document token. Probabilities are those of the training loss: they
 sum to 1 over the padded vocabulary (--make-vocab-size-divisible-by).
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options: ScoreOptions = flags["scoring"]
     # torch is imported below: --help, wrong flags and wrong lines answer at once.
+    from megatron_moe.inference.domains import text_domains
     from megatron_moe.inference.output import check_output, json_line, write_text
     from megatron_moe.inference.saved_model import open_checkpoint
     from megatron_moe.inference.score_file import perplexity, read_sequences, score_row
@@ -39,12 +41,13 @@ def main(argv: Sequence[str]) -> None:
 
     saved = open_checkpoint(flags["checkpoint"], flags["parallel"], environment_world_size())
     sequences = read_sequences(Path(options.input), saved.tokenizer, saved.vocab_size, saved.max_positions)
+    domains = text_domains(len(sequences), saved.run.model, options.domain, options.input)
     check_output(options.output, options.input)
     from megatron_moe.inference.model import load_saved
     from megatron_moe.inference.scoring import score_sequences
 
     model = load_saved(saved)
-    scores = score_sequences(model, sequences, options.micro_batch_size)
+    scores = score_sequences(model, sequences, options.micro_batch_size, domains)
     if not model.is_main:
         return
     rows = [score_row(ids, logprobs) for ids, logprobs in zip(sequences, scores, strict=True)]

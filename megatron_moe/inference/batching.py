@@ -58,6 +58,13 @@ def plan_batches(lengths: Sequence[int], micro_batch_size: int, replica: int, re
     return batches
 
 
+def domain_rows(domains: Sequence[int] | None, batch: Batch) -> Tensor | None:
+    """[B, 1] the domains of a batch's sequences; None where there are none. Rows of padding are of domain 0."""
+    if domains is None:
+        return None
+    return pad_rows([[domains[index]] for index in batch.indices], batch.rows, 1)
+
+
 def pad_rows(sequences: Iterable[Ids], rows: int, width: int) -> Tensor:
     """[B, S] int64: one sequence a row, filled up with id 0 on the right, where causal attention does not see it."""
     ids_BS = torch.zeros(rows, width, dtype=torch.long)

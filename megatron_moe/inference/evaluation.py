@@ -19,6 +19,7 @@ from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.indexed import IndexedFile
 from megatron_moe.inference.batching import pad_rows, plan_batches
+from megatron_moe.inference.domains import file_domains
 from megatron_moe.inference.evaluation_data import FileLoss, cut_windows
 from megatron_moe.inference.model import InferenceModel
 
@@ -41,6 +42,8 @@ def evaluate_files(
         UserError: the loss is not finite, or no token counts.
     """
     run = model.saved.run
+    domains = [file_domains(source, run.model) for source in files]
+    known = [found for found in domains if found is not None] if run.model.num_domains is not None else None
     windows = cut_windows(files, run.model.seq_length)
     if eval_iters is not None:
         windows = windows[: eval_iters * micro_batch_size]
@@ -52,7 +55,11 @@ def evaluate_files(
         rows = [files[w.file].tokens[w.start : w.start + w.length] for w in members]
         ids_BS = pad_rows(rows, batch.rows, batch.longest)
         positions_BS, counts_BS = positions_and_mask(ids_BS[:, :-1], run, model.tokenizer.eod)
-        losses_BS = model.token_losses(ids_BS[:, :-1], ids_BS[:, 1:], positions_BS)
+        domains_BS = None
+        if known is not None:
+            stretches = [known[w.file].stretch(w.start, w.length) for w in members]
+            domains_BS = pad_rows(stretches, batch.rows, batch.longest)[:, :-1]
+        losses_BS = model.token_losses(ids_BS[:, :-1], ids_BS[:, 1:], positions_BS, domains_BS)
         if losses_BS is None or not model.has_output:
             continue
         for row, window in enumerate(members):

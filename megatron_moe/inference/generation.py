@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_moe.inference.batching import Batch, pad_rows, plan_batches
+from megatron_moe.inference.batching import Batch, domain_rows, pad_rows, plan_batches
 from megatron_moe.inference.model import InferenceModel
 from megatron_moe.inference.options import SamplingOptions
 from megatron_moe.inference.prompts import check_lengths
@@ -55,6 +55,7 @@ def generate(
     num_samples: int = 1,
     micro_batch_size: int = 8,
     kv_cache: bool = True,
+    domains: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue prompts; a collective over all ranks, with the same arguments on each.
 
@@ -66,6 +67,7 @@ def generate(
         num_samples: continuations of each prompt.
         micro_batch_size: sequences that a data-parallel replica works on at once.
         kv_cache: keep keys and values of earlier tokens; the result is the same without.
+        domains: of every prompt; a model with domains needs them.
 
     Returns:
         Continuations on every rank, those of the first prompt first.
@@ -77,23 +79,24 @@ def generate(
     requests = [_Request(number, sample, ids) for number, ids in enumerate(prompts) for sample in range(num_samples)]
     lengths = [len(request.ids) for request in requests]
     batches = plan_batches(lengths, micro_batch_size, model.replica, model.replicas)
+    of_requests = None if domains is None else [domains[request.prompt] for request in requests]
     done: list[Completion] = []
     for batch in tqdm(batches, unit="batch", disable=None if model.is_main and len(batches) > 1 else True):
         texts = _Texts(model, [requests[index] for index in batch.indices], batch, sampling, max_new_tokens)
-        _run(model, texts, kv_cache)
+        _run(model, texts, kv_cache, domain_rows(of_requests, batch))
         done += texts.completions()
     gathered: list[list[Completion]] = [[] for _ in range(model.replicas)]
     dist.all_gather_object(gathered, done, group=parallel_state.get_data_parallel_group())
     return sorted((item for part in gathered for item in part), key=lambda item: (item.prompt, item.sample))
 
 
-def _run(model: InferenceModel, texts: "_Texts", kv_cache: bool) -> None:
+def _run(model: InferenceModel, texts: "_Texts", kv_cache: bool, domains_B1: Tensor | None) -> None:
     """Advance one batch until every row of every replica is finished."""
     rows, width = texts.ids_BT.shape
     context = model.new_context(rows, width) if kv_cache else None
     begin, end = 0, texts.shortest
     while True:
-        logits_BV = model.next_logits(texts.ids_BT[:, begin:end], context)
+        logits_BV = model.next_logits(texts.ids_BT[:, begin:end], context, domains_B1)
         chosen = texts.choose(logits_BV, end) if model.has_output and logits_BV is not None else None
         texts.append(model.share(chosen, (rows,), torch.long), end)
         if _all_replicas(bool(texts.finished_B.all()), model):

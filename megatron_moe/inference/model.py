@@ -125,11 +125,12 @@ class InferenceModel:
         """V: ids that texts may hold, without the rows that only pad the embedding."""
         return self.saved.vocab_size
 
-    def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, ids: Tensor | Sequence[Sequence[int]], domains_BS: Tensor | None = None) -> Tensor:
         """Logits of every next token; a collective over all ranks, with the same `ids` on each.
 
         Args:
             ids: [B, S], sequences of one length.
+            domains_BS: [B, S] of every token, or [B, 1] of every sequence; a model with domains needs them.
 
         Returns:
             [B, S, V] float32 on this rank's device, on every rank.
@@ -143,11 +144,17 @@ class InferenceModel:
             raise UserError(f"ids of shape {shape}: must be [B, S] with S from 1 to {self.saved.max_positions}")
         if int(ids_BS.min()) < 0 or int(ids_BS.max()) >= self.vocab_size:
             raise UserError(f"ids from {int(ids_BS.min())} to {int(ids_BS.max())}: must be in 0..{self.vocab_size - 1}")
-        output = self._forward(ids_BS, runtime_gather_output=True)
+        output = self._forward(ids_BS, domains_BS=domains_BS, runtime_gather_output=True)
         logits_BSV = None if output is None else output[..., : self.vocab_size].float().contiguous()
         return self.share(logits_BSV, (*ids_BS.shape, self.vocab_size), torch.float32)
 
-    def token_losses(self, ids_BS: Tensor, labels_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor | None:
+    def token_losses(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        domains_BS: Tensor | None = None,
+    ) -> Tensor | None:
         """Negative log-probability of every label, exactly as the training loss has it.
 
         The probabilities sum to 1 over the padded vocabulary: the rows that only pad the embedding take part, as in
@@ -157,20 +164,24 @@ class InferenceModel:
             ids_BS: [B, S], the same on every rank of this replica, and of the same shape on every replica.
             labels_BS: [B, S] the tokens that follow.
             positions_BS: [B, S]. Default: 0, 1, 2, ...
+            domains_BS: as for `logits`.
 
         Returns:
             [B, S] nats, float32, on ranks of the last pipeline stage; None on the others.
         """
         ids_BS, labels_BS = ids_BS.to(self.device), labels_BS.to(self.device)
-        return self._forward(ids_BS, positions_BS, labels=labels_BS)
+        return self._forward(ids_BS, positions_BS, domains_BS=domains_BS, labels=labels_BS)
 
-    def next_logits(self, ids_BS: Tensor, context: StaticInferenceContext | None = None) -> Tensor | None:
+    def next_logits(
+        self, ids_BS: Tensor, context: StaticInferenceContext | None = None, domains_BS: Tensor | None = None
+    ) -> Tensor | None:
         """Logits after the last token.
 
         Args:
             ids_BS: [B, S] the whole text; with a context what it has not seen yet: the beginning of the text in the
                 first call, one token in every later one.
             context: keeps keys and values from call to call, see `new_context`.
+            domains_BS: as for `logits`.
 
         Returns:
             [B, V] float32 on ranks of the last pipeline stage, without the rows that only pad the embedding; None on
@@ -183,6 +194,7 @@ class InferenceModel:
         output = self._forward(
             ids_BS.to(self.device),
             positions_S.expand_as(ids_BS),
+            domains_BS=domains_BS,
             inference_context=context,
             output_processor=_last_logits,
         )
@@ -210,8 +222,15 @@ class InferenceModel:
         return result
 
     @torch.no_grad()
-    def _forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None, **options: Any) -> Tensor | None:
+    def _forward(
+        self, ids_BS: Tensor, positions_BS: Tensor | None = None, domains_BS: Tensor | None = None, **options: Any
+    ) -> Tensor | None:
         """Forward pass through all stages; the output on the last one."""
+        domains = self.saved.run.model.num_domains
+        if domains_BS is None and (domains or 1) > 1:
+            raise UserError(f"domains: the model tells {domains} apart; give the domain of every text")
+        if domains_BS is not None:
+            domains_BS = domains_BS.to(self.device).expand_as(ids_BS)
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=self.device).expand_as(ids_BS)
         if not self._first:
@@ -219,7 +238,8 @@ class InferenceModel:
         rows_B = torch.arange(ids_BS.shape[0], device=self.device)
         # Routers are not told of `positions_BS`, which may start afresh within a row.
         context = options.get("inference_context")
-        inputs = pack_inputs(ids_BS, rows_B, first_place=0 if context is None else context.sequence_len_offset)
+        first_place = 0 if context is None else context.sequence_len_offset
+        inputs = pack_inputs(ids_BS, rows_B, domains_BS=domains_BS, first_place=first_place)
         output = self._chunk(ids_BS, positions_BS.to(self.device), None, padding_mask=inputs, **options)
         if self._last:
             return output

@@ -74,6 +74,9 @@ class GenerateOptions:
     """Stop after this many tokens, if no end of document came before."""
     num_samples: int = 1
     """Continuations of each prompt."""
+    domain: str | None = None
+    """Name or number of the texts' domain, for a model that knows domains; a field `domain` in a .jsonl file of prompts
+    comes before it."""
     micro_batch_size: int = 8
     """Sequences a data-parallel replica works on at once."""
     kv_cache: bool = True
@@ -94,6 +97,9 @@ class ScoreOptions:
     """JSON Lines, every line with a field `text` or a field `ids` (.jsonl, .jsonl.gz)."""
     output: str
     """JSON Lines: ids, logprobs, sum, mean, perplexity; one line for every line of the input, in order."""
+    domain: str | None = None
+    """Name or number of the texts' domain, for a model that knows domains; a field `domain` of a line comes before
+    it."""
     micro_batch_size: int = 8
     """Sequences a data-parallel replica works on at once."""
 

@@ -14,12 +14,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_moe.config.base import UserError
-from megatron_moe.inference.batching import Ids, pad_rows, plan_batches
+from megatron_moe.inference.batching import Ids, domain_rows, pad_rows, plan_batches
 from megatron_moe.inference.model import InferenceModel
 
 
 def score_sequences(
-    model: InferenceModel, sequences: Sequence[Ids], micro_batch_size: int = 8
+    model: InferenceModel,
+    sequences: Sequence[Ids],
+    micro_batch_size: int = 8,
+    domains: Sequence[int] | None = None,
 ) -> list[npt.NDArray[np.float32]]:
     """Log-probabilities of sequences; a collective over all ranks, with the same arguments on each.
 
@@ -27,6 +30,7 @@ def score_sequences(
         model: a loaded model.
         sequences: token ids, from 2 to the model's positions + 1 of each.
         micro_batch_size: sequences that a data-parallel replica works on at once; it changes no result.
+        domains: of every sequence; a model with domains needs them.
 
     Returns:
         On rank 0, for every sequence, [len(ids) - 1] natural logarithms; an empty list on the other ranks.
@@ -43,7 +47,7 @@ def score_sequences(
     mine: dict[int, npt.NDArray[np.float32]] = {}
     for batch in tqdm(batches, unit="batch", disable=None if model.is_main else True):
         ids_BS = pad_rows([sequences[index] for index in batch.indices], batch.rows, batch.longest)
-        losses_BS = model.token_losses(ids_BS[:, :-1], ids_BS[:, 1:])
+        losses_BS = model.token_losses(ids_BS[:, :-1], ids_BS[:, 1:], domains_BS=domain_rows(domains, batch))
         if losses_BS is None or not model.has_output:
             continue
         logprobs_BS = -losses_BS.float().cpu().numpy()

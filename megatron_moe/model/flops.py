@@ -26,7 +26,7 @@ def forward_flops_per_token(run: RunConfig) -> float:
         if not experts:
             total += mlp(model.ffn_size)
             continue
-        total += moe.moe_router_topk * mlp(run.expert_ffn_size) + 2 * h * experts
+        total += moe.moe_router_topk * mlp(run.expert_ffn_size) + _router_flops(run, experts)
         if moe.mlp_type == "residual":
             total += mlp(run.expert_ffn_size) + 2 * h * 2
         if moe.use_expert_residual_network:
@@ -34,6 +34,14 @@ def forward_flops_per_token(run: RunConfig) -> float:
         if moe.moe_shared_expert_intermediate_size is not None:
             total += mlp(moe.moe_shared_expert_intermediate_size)
     return total + 2 * h * model.padded_vocab_size
+
+
+def _router_flops(run: RunConfig, experts: int) -> float:
+    """A look into a table costs nothing."""
+    if run.moe.router in ("hash", "random-routed"):
+        return 0.0
+    width = run.routing.router_embedding_size if run.moe.router == "token-embedding" else run.model.hidden_size
+    return 2.0 * width * experts
 
 
 def training_flops_per_token(run: RunConfig) -> float:

@@ -39,7 +39,8 @@ def count_on_meta(run: RunConfig) -> BuiltCounts:
             assert parameter.is_meta
             total += parameter.numel()
             experts += parameter.numel() if ".mlp.experts." in name else 0
-            routers += parameter.numel() if ".mlp.router." in name else 0
+            router = ".mlp.router." in name or name.startswith("routing_embedding.")
+            routers += parameter.numel() if router else 0
         return BuiltCounts(total=total, experts=experts, router=routers)
     finally:
         distributed.stop()

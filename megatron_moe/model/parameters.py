@@ -46,6 +46,8 @@ class ParameterCounts:
     """Word embedding; the output projection too where it is tied."""
     positions: int
     """Table of learned positions."""
+    domains: int
+    """Domain embedding."""
     attention: int
     """Projections of all layers, and their query/key norms."""
     norms: int
@@ -59,7 +61,7 @@ class ParameterCounts:
     shared_experts: int
     """Experts that every token passes through, with their gates."""
     router: int
-    """Routers of all MoE layers: one row for each expert."""
+    """Routers of all MoE layers: one row for each expert, and routing embeddings."""
     experts: int
     """Routed experts of all MoE layers."""
     output: int
@@ -148,13 +150,15 @@ def count_parameters(run: RunConfig, *, padded_vocab: bool = False) -> Parameter
     return ParameterCounts(
         embedding=word_table,
         positions=positions_size(run).total,
+        domains=domains_size(run).total,
         attention=sum(attention_size(run, number).total for number in range(1, model.num_layers + 1)),
         norms=norm_size(run, model.hidden_size).total * (2 * model.num_layers + 1),
         dense_mlp=mlp_size(run, model.ffn_size).total * (model.num_layers - layout.num_moe_layers),
         residual_mlp=residual_size(run).total * layout.num_moe_layers,
         expert_residual=expert_residual_size(run).total * layout.num_moe_layers,
         shared_experts=shared_expert_size(run).total * layout.num_moe_layers,
-        router=sum(router_size(run, count).total for count in layout.counts),
+        router=sum(router_size(run, count, vocabulary).total for count in layout.counts)
+        + shared_routing_size(run, layout, vocabulary).total,
         experts=expert * layout.total_experts,
         output=word_table if untied else 0,
         active_experts=expert * moe.moe_router_topk * layout.num_moe_layers,
@@ -268,9 +272,27 @@ def shared_expert_size(run: RunConfig) -> Size:
     return mlp_size(run, width) + Size(whole=run.model.hidden_size if run.moe.moe_shared_expert_gate else 0)
 
 
-def router_size(run: RunConfig, experts: int) -> Size:
-    """The router of a layer with that many experts; it has no bias."""
+def domains_size(run: RunConfig) -> Size:
+    """The domain embedding, if there is one."""
+    model = run.model
+    return Size(whole=(model.num_domains or 0) * model.hidden_size if model.domain_embedding else 0)
+
+
+def router_size(run: RunConfig, experts: int, vocabulary: int) -> Size:
+    """The router of a layer with that many experts; it has no bias. Fixed maps are no parameters."""
+    router = run.moe.router
+    if router in ("hash", "random-routed") or run.shares_routing_embedding:
+        return Size()
+    if router == "token-embedding":
+        return Size(whole=(vocabulary + experts) * run.routing.router_embedding_size)
     return Size(whole=experts * run.model.hidden_size)
+
+
+def shared_routing_size(run: RunConfig, layout: ExpertLayout, vocabulary: int) -> Size:
+    """The routing embedding that all layers share, with a gate for every number of experts."""
+    if not run.shares_routing_embedding or not layout.num_moe_layers:
+        return Size()
+    return Size(whole=(vocabulary + sum(set(layout.counts))) * run.routing.router_embedding_size)
 
 
 def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: ExpertLayout) -> Size:
@@ -278,9 +300,10 @@ def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: Exper
     model = run.model
     last = run.parallel.pipeline_model_parallel_size - 1
     table = Size(split=model.padded_vocab_size * model.hidden_size)
-    size = Size()
+    # Every model chunk has a copy.
+    size = shared_routing_size(run, layout, model.padded_vocab_size) * (run.virtual_stages or 1)
     if stage == 0:
-        size += table + positions_size(run)
+        size += table + positions_size(run) + domains_size(run)
     if stage == last:
         size += norm_size(run, model.hidden_size)
         # The last stage projects with the embedding: its own copy, unless it is the first stage as well.
@@ -291,7 +314,7 @@ def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: Exper
         size += attention_size(run, number) + norm_size(run, model.hidden_size) * 2
         if experts:
             size += residual_size(run) + expert_residual_size(run) + shared_expert_size(run)
-            size += router_size(run, experts)
+            size += router_size(run, experts, model.padded_vocab_size)
         else:
             size += mlp_size(run, model.ffn_size)
     return size

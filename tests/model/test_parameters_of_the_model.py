@@ -21,7 +21,11 @@ MODELS = {
     "expert residual network": "--num-experts 4 8 --expert-interval 2 --use-expert-residual-network",
     "expert residual network without biases": "--num-experts 4 --use-expert-residual-network --disable-bias-linear "
     "--expert-residual-layers 2 --normalization RMSNorm --swiglu",
+    "hash, domain embedding": "--num-experts 4 8 --expert-interval 2 --router hash --num-domains 3 --domain-embedding",
+    "shared routing embedding": "--num-experts 4 8 4 8 --router token-embedding --router-embedding-size 24",
+    "routing embeddings": "--num-experts 4 8 4 8 --router token-embedding --no-router-embedding-shared",
     "query/key/value biases": "--num-experts 4 --disable-bias-linear --add-qkv-bias --qk-layernorm",
+    "cross-layer attention": "--num-experts 4 --cla-share-factor 2 --num-query-groups 2 --qk-layernorm --add-qkv-bias",
 }
 LAYOUTS = {
     "one process": (1, ""),
