@@ -1,5 +1,6 @@
 """Balanced assignment: equal shares, a bounded distance to the best sum, and an end, whatever the scores."""
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,15 @@ from megatron_moe.moe.assignment import PRECISION, balanced_assignment
 
 SIZES = [(1, 1), (1, 4), (3, 8), (7, 3), (8, 8), (16, 4), (23, 5), (32, 8), (29, 8), (20, 2)]
 GRID = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Hundreds of rounds of small operations: threads that wait for each other cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def scores(kind: str, tokens: int, experts: int) -> Tensor:
