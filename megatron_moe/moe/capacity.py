@@ -55,4 +55,4 @@ def priority_at_random(map_NE: Tensor, inputs: RoutingInputs, *keys: int) -> Ten
 
     The released code keeps the top C of `M * U(0, 1)`. `keys` as (seed, purpose, step, layer).
     """
-    return token_expert_uniform(inputs, map_NE.shape[1], *keys).float() + map_NE
+    return token_expert_uniform(inputs, map_NE.shape[1], *keys) + map_NE
