@@ -1,4 +1,4 @@
-"""docs/moe.md and its Chinese twin: the same commands and numbers in both, and the router it shows how to add trains."""
+"""docs/moe.md and its Chinese twin: the same commands and numbers in both; the router that it adds trains."""
 
 import os
 import re
