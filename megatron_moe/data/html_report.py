@@ -1,11 +1,12 @@
-"""One self-contained HTML page from numbers and texts: tables, bar charts and samples, without scripts or downloads.
+"""One self-contained HTML page from numbers and texts: tables, charts and samples, without downloads.
 
 Every text is escaped, charts are inline SVG, and colours follow the reader's light or dark setting. The cleaning
-and tokenizer tools write their `report.html` with it.
+and tokenizer tools write their `report.html` with it, and `tools/plot_run.py` the page of a run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from html import escape as escape_markup
 from typing import Self
@@ -24,7 +25,11 @@ table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; } figure { margin: 1rem 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
+svg .grid { stroke: var(--line); stroke-width: 1; } svg .line { fill: none; stroke-width: 1.8; }
 svg .first { fill: var(--bar); } svg .second { fill: var(--second); }
+.swatch { display: inline-block; width: 1.1em; height: .9em; margin: 0 .35em 0 1.1em; border: 1px solid var(--line);
+       vertical-align: -1px; }
+input[type=range] { width: min(36rem, 75%); vertical-align: middle; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 pre { background: var(--soft); padding: .5rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0;
       border-left: 4px solid var(--line); }
@@ -35,6 +40,9 @@ pre.old mark { border-color: var(--old); } pre.new mark { border-color: var(--ne
 _WIDTH, _LABEL, _VALUE = 900, 220, 130
 # Height of a bar with the room around it: one a label, or two.
 _ROW, _PAIR_ROW = 20, 14
+_CHART_HEIGHT = 300
+# What is smaller is drawn as zero.
+_SMALLEST = 1e-100
 _LONGEST_LABEL = 26
 _MOST_CODE_POINTS = 8
 
@@ -47,6 +55,21 @@ Cell = str | int | float
 def escape(text: str) -> str:
     """Text as it must stand in the page: markup escaped, control characters as their pictures."""
     return escape_markup(text.translate(_PICTURES))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    """NaN leaves a gap."""
+    color: str = "var(--bar)"
+    """As CSS names it."""
+    faint: bool = False
+    dots: bool = False
+    dashed: bool = False
 
 
 class Page:
@@ -128,6 +151,23 @@ class Page:
         )
         return self
 
+    def lines(self, caption: str, lines: Sequence[Line], x_name: str, *, from_zero: bool = False) -> Self:
+        """A chart of lines over one axis; nothing where no point is finite.
+
+        Args:
+            caption: what is shown.
+            lines: drawn in this order; their names make the legend.
+            x_name: what the axis below counts.
+            from_zero: let the upright axis begin at 0.
+        """
+        drawn = line_chart(caption, lines, x_name, from_zero)
+        return self.markup(f"<figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>") if drawn else self
+
+    def markup(self, markup: str) -> Self:
+        """HTML that the caller has made, with every text in it escaped."""
+        self._parts.append(markup)
+        return self
+
     def before_after(self, heading: str, samples: Sequence[tuple[str, str | None]]) -> Self:
         """Texts before and after a change, folded; None after stands for a dropped document.
 
@@ -157,6 +197,81 @@ class Page:
         )
 
 
+def line_chart(caption: str, lines: Sequence[Line], x_name: str, from_zero: bool) -> str:
+    """The SVG of a chart of lines, or nothing when there is no point to draw."""
+    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    if not points:
+        return ""
+    left, right, top, bottom = 70, _WIDTH - 20, 30, _CHART_HEIGHT - 40
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    x_ticks = _ticks(x_low, x_high, most=9)
+    y_ticks = _ticks(0.0 if from_zero else min(y for _, y in points), max(y for _, y in points), most=5)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        return left + across * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
+
+    parts = []
+    for tick in y_ticks:
+        height = place(x_low, tick)[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>')
+        parts.append(_text(left - 8, height + 4, _number(tick), "end"))
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            parts.append(_text(place(tick, y_low)[0], bottom + 18, _number(tick), "middle"))
+    parts.append(_text(right, bottom + 34, x_name, "end"))
+    parts += [_drawn(line, place) for line in lines]
+    parts += _legend(lines, left)
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_CHART_HEIGHT}" role="img" aria-label="{escape(caption)}">{"".join(parts)}</svg>'
+    )
+
+
+def _drawn(line: Line, place: Callable[[float, float], tuple[float, float]]) -> str:
+    """A line's strokes, one for each stretch without gaps, or its dots."""
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(line.x, line.y, strict=True):
+        if math.isfinite(y):
+            stretches[-1].append(place(x, y))
+        elif stretches[-1]:
+            stretches.append([])
+    color = escape(line.color)
+    style = ' stroke-dasharray="6 5"' if line.dashed else ""
+    style += ' stroke-opacity="0.4"' if line.faint else ""
+    marks = []
+    for stretch in stretches:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in stretch)
+        if len(stretch) > 1:
+            marks.append(f'<polyline class="line" stroke="{color}" points="{path}"{style}/>')
+        if line.dots or len(stretch) == 1:
+            marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in stretch]
+    return "".join(marks)
+
+
+def _legend(lines: Sequence[Line], left: int) -> list[str]:
+    named = [line for line in lines if line.name]
+    parts, x = [], float(left)
+    for line in named:
+        opacity = ' opacity="0.4"' if line.faint else ""
+        parts.append(f'<rect x="{x:.0f}" y="7" width="14" height="4" fill="{escape(line.color)}"{opacity}/>')
+        parts.append(_text(x + 19, 13, line.name, "start"))
+        x += 36 + 7 * len(line.name)
+    return parts
+
+
+def _ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers that enclose both, about `most` of them or fewer."""
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size < _SMALLEST:
+        half = size / 10 if size >= _SMALLEST else 0.5
+        low, high = low - half, high + half
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, last + 1)]
+
+
 def _marked(before: str, after: str) -> str:
     """Two texts one below the other, with marks where they differ."""
     old: list[str] = []
@@ -180,10 +295,10 @@ def _cell(value: Cell) -> str:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
-        return f"{int(value):,}"
     if not math.isfinite(value):
         return str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
 
 

@@ -1,5 +1,6 @@
 """Reads the rows of metrics.jsonl and expert_load.jsonl, with errors that name file and line. No torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,27 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a run's file; a last line without its newline is still being written and is left out.
+    """The rows of a run's file, all at once; see `iterate_rows`."""
+    return [row for _, row in iterate_rows(path)]
+
+
+def iterate_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers (from 1) and rows of a run's file, one at a time.
+
+    A last line without its newline is still being written and is left out.
 
     Raises:
         UserError: there is no such file, or a line is no row.
     """
     try:
-        *lines, _unfinished = path.read_bytes().split(b"\n")
+        with path.open("rb") as stream:
+            for line_number, line in enumerate(stream, start=1):
+                if line.endswith(b"\n"):
+                    yield line_number, parse_row(line[:-1], path, line_number)
     except FileNotFoundError as error:
         raise UserError(f"--run {path.parent}: holds no {path.name}; give the --save folder of a run") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    return [parse_row(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
 def parse_row(line: bytes, path: Path, number: int) -> Row:
@@ -64,3 +74,16 @@ def counts(row: Row, where: str) -> tuple[int, list[float]]:
     if not all(0 <= count < 2**53 for count in numbers):
         raise UserError(f"{where}: 'tokens' holds what is no number of tokens")
     return layer, numbers
+
+
+def amount(row: Row, name: str, where: str) -> float:
+    """How many, in the field `name`; 0 where an older version of this package wrote none.
+
+    Raises:
+        UserError: it is no number of things.
+    """
+    value = row.get(name)
+    found = 0.0 if value is None else number(value, name, where)
+    if not 0 <= found < 2**53:
+        raise UserError(f"{where}: {name} is {str(value)[:40]!r}, expected a number of assignments")
+    return found

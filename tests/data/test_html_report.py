@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_moe.data.html_report import Page
+from megatron_moe.data.html_report import Line, Page
 
 NASTY = "<script>alert(1)</script> & \"quoted\" '一' \x00 \ufffe"
 
@@ -70,3 +70,29 @@ def test_labels_and_values_must_fit() -> None:
 
 def test_a_chart_without_values_is_drawn() -> None:
     assert "<svg" in Page("t").bars("c", [], []).render()
+
+
+def test_lines_go_where_their_points_are() -> None:
+    """Round numbers enclose the values, and gaps part a line in two."""
+    nan = float("nan")
+    values = [1.0, 3.0, nan, 2.0, 2.5]
+    html = Page("t").lines(NASTY, [Line(NASTY, range(5), values), Line("b", [2.0], [1.5])], "step").render()
+    strokes = re.findall(r'<polyline[^>]* points="([^"]+)"', html)
+    points = [[tuple(map(float, point.split(","))) for point in stroke.split()] for stroke in strokes]
+    assert [len(stroke) for stroke in points] == [2, 2]
+    (first, second), (third, fourth) = points
+    assert second[0] - first[0] == pytest.approx(fourth[0] - third[0], abs=0.2)
+    # Upwards is less; from 1 to 3 is four times as far as from 2 to 2.5.
+    assert first[1] - second[1] == pytest.approx(4 * (third[1] - fourth[1]), abs=0.5)
+    assert len(re.findall("<circle", html)) == 1
+    for tick in ("1", "1.5", "2", "2.5", "3", "4"):
+        assert f">{tick}</text>" in html
+    assert "<script" not in html
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [0.0], [5.0, 5.0], [1e-320, 2e-320], [-1e30, 1e30], [1e-8] * 2])
+def test_lines_of_odd_values(values: list[float]) -> None:
+    html = Page("t").lines("c", [Line("a", range(len(values)), values)], "step", from_zero=True).render()
+    assert ("<svg" in html) == any(value == value for value in values)
+    assert "nan" not in html
+    assert "inf" not in html.replace("infinity", "")

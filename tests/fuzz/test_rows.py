@@ -21,7 +21,9 @@ METRICS: list[dict[str, Any]] = [
 ]
 METRICS.insert(2, {"step": 2, "eval_lm_loss": 5.0, "eval_perplexity": math.exp(5.0)})
 LOADS: list[dict[str, Any]] = [
-    {"step": step, "layer": layer, "tokens": [8, 8, 4, 12], "dropped": 0} for step in range(1, 5) for layer in (2, 4)
+    {"step": step, "layer": layer, "tokens": [8, 8, 4, 12], "dropped": 0, "recycled": 2}
+    for step in range(1, 5)
+    for layer in (2, 4)
 ]
 ODD = [
     None,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_moe.config.base import UserError
@@ -50,7 +49,10 @@ def test_a_picture_comes_out(tmp_path: Path, steps: int, every: int, experts: di
     output = tmp_path / "deep" / "run.png"
     plot_run.main(["--run", str(run), "--output", str(output), "--unigram-entropy", "7.1"])
     assert output.read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in output.parent.iterdir()] == ["run.png"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["run.html", "run.png"]
+    page = output.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert ('id="loads-data"' in page) == bool(experts)
 
 
 def test_a_dense_run_without_expert_load(tmp_path: Path) -> None:
@@ -60,34 +62,20 @@ def test_a_dense_run_without_expert_load(tmp_path: Path) -> None:
     assert (tmp_path / "run.png").exists()
 
 
-def test_shares_are_relative_to_an_even_one() -> None:
-    load = plot_run.LayerLoad(counts={2: [6, 2, 0, 0], 1: [1, 1, 1, 1], 3: [0, 0, 0, 0]})
-    steps, shares = load.shares()
-    assert steps.tolist() == [1, 2, 3]
-    assert shares.T.tolist() == [[1, 1, 1, 1], [3, 1, 0, 0], [1, 1, 1, 1]]
-
-
-def test_the_later_line_of_a_step_counts() -> None:
-    entries = [
-        {"step": 1, "lm_loss": 8.0},
-        {"step": 2, "lm_loss": 7.0},
-        {"step": 2, "lm_loss": 6.0},
-        {"step": 3},
-    ]
-    assert plot_run.series(entries, "lm_loss") == ([1, 2], [8.0, 6.0])
-
-
-def test_smoothing_keeps_a_line_straight_and_its_start() -> None:
-    line = np.arange(50.0)
-    smooth = plot_run._running_mean(line.tolist(), 5)
-    assert smooth[0] == 0.0
-    assert np.allclose(smooth[:45], line[:45])
-
-
-def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "lm_loss": 2.0}\n{"step": 2, "lm_l', encoding="utf-8")
-    assert plot_run.read_rows(path) == [{"step": 1, "lm_loss": 2.0}]
+def test_names_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", 3, {2: 4})
+    plot_run.main([str(run)])
+    assert capsys.readouterr().out == f"{run}/training.png, {run}/training.html: 3 steps, 1 MoE layers\n"
+    (run / "training.png").unlink()
+    plot_run.main([str(run), "--page-only", "--page", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").exists()
+    assert not (run / "training.png").exists()
+    with pytest.raises(UserError, match=r"--output .*x\.html: is the page's name too; give another, such as x\.png"):
+        plot_run.main([str(run), "--output", str(tmp_path / "x.html")])
+    for words in ([], [str(run), "--run", str(run)]):
+        with pytest.raises(SystemExit):
+            plot_run.main(words)
+        assert capsys.readouterr().err == "error: give one run's directory (see --help)\n"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -116,4 +104,4 @@ def test_missing_matplotlib_gives_the_install_line(tmp_path: Path) -> None:
     root = Path(plot_run.__file__).parents[1]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert result.returncode == 2
-    assert result.stderr == "error: plot_run needs matplotlib: pip install matplotlib\n"
+    assert result.stderr == "error: plot_run needs matplotlib: pip install matplotlib, or give --page-only\n"
