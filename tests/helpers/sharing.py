@@ -39,8 +39,8 @@ def start() -> None:
     set_seeds(1)
 
 
-def build_layer(**flags: Any) -> Any:
-    """The last MoE layer of a small model, with perturbed weights; needs started groups."""
+def build_layer(*, perturbed: bool = True, **flags: Any) -> Any:
+    """The last MoE layer of a small model, with weights and buffers moved off where they start; needs groups."""
     from megatron_moe.config.validate import validate
     from megatron_moe.model.gpt import build_model
     from megatron_moe.moe.layer import moe_layers
@@ -48,7 +48,8 @@ def build_layer(**flags: Any) -> Any:
     run = tiny_run(**COMMON | flags)
     validate(run, 1)
     model = build_model(run)
-    perturb(model, scale=0.3)
+    if perturbed:
+        perturb(model, scale=0.3)
     return moe_layers(model[0])[-1].train()
 
 
@@ -77,6 +78,8 @@ class Compared(NamedTuple):
     """Of the layer: tokens per expert, dropped, recycled."""
     expected_load: list[int]
     """Tokens per expert in the loop."""
+    alone: int
+    """Tokens without any expert in the loop."""
 
 
 def compare(layer: Any, route: Callable[[Tensor, RoutingInputs], Routes]) -> Compared:
@@ -105,7 +108,7 @@ def compare(layer: Any, route: Callable[[Tensor, RoutingInputs], Routes]) -> Com
         a, b = zero if a is None else a, zero if b is None else b
         sizes[name] = float(b.abs().max())
         errors[name] = float((a - b).abs().max() / max(sizes[name], 1e-3))
-    return Compared(errors, sizes, load, expected_load)
+    return Compared(errors, sizes, load, expected_load, alone=sum(not experts for experts in routes))
 
 
 def assert_equals_the_loop(result: Compared) -> None:
