@@ -12,8 +12,10 @@ from megatron_moe.model.dry_run import report
 
 NAMES = (
     "gpt-125m-moe64",
+    "hunyuan-large",
     "pai-gpt-moe-13b",
     "pai-gpt-moe-16b",
+    "pangu-sigma",
     "pr-moe-1.3b",
     "pr-moe-350m",
     "qwen3-moe-30b-a3b",

@@ -98,28 +98,10 @@ def test_closed_formula(name: str) -> None:
 
 
 def test_hunyuan_large() -> None:
-    """389 B / 52 B. Without cross-layer attention, 32 layers have a key/value projection too many."""
-    run = RunConfig(
-        model=ModelConfig(
-            num_layers=64,
-            hidden_size=6400,
-            ffn_hidden_size=18304,
-            num_attention_heads=80,
-            num_query_groups=8,
-            seq_length=4096,
-            position_embedding_type="rope",
-            normalization="RMSNorm",
-            swiglu=True,
-            disable_bias_linear=True,
-            qk_layernorm=True,
-            vocab_size=128512,
-        ),
-        moe=MoEConfig(num_experts=(16,), moe_shared_expert_intermediate_size=18304),
-    )
-    counts = count_parameters(run)
-    shared_by_cross_layers = 32 * 2 * 6400 * 8 * 80
-    assert _billions(counts.total - shared_by_cross_layers, 1) == 388.7
-    assert _billions(counts.activated - shared_by_cross_layers, 1) == 51.3
+    """Published: 389 B and 52 B; exactly, 388.7 B and 51.3 B. Expert learning rate: test_expert_lr.py."""
+    counts = count_parameters(build_run(load_recipe("hunyuan-large")))
+    assert _billions(counts.total, 1) == 388.7
+    assert _billions(counts.activated, 1) == 51.3
 
 
 def test_qwen3_30b_a3b() -> None:
@@ -136,6 +118,7 @@ def test_qwen3_30b_a3b() -> None:
         ("gpt-125m-moe64", 1.911),
         ("pr-moe-350m", 4.117),
         ("pr-moe-1.3b", 31.392),
+        ("pangu-sigma", 1084.991),
     ],
 )
 def test_recipes_have_the_published_size(recipe: str, billions: float) -> None:
