@@ -66,6 +66,8 @@ def _model(run: RunConfig) -> list[str]:
         ]
     if moe.mlp_type == "residual":
         lines.append(f"residual MLP beside the experts, combined by {moe.residual_combine}")
+    if moe.use_expert_residual_network:
+        lines.append(f"expert residual network of {moe.expert_residual_layers} blocks after the experts")
     if moe.moe_shared_expert_intermediate_size is not None:
         lines.append(f"shared expert beside the experts, width {moe.moe_shared_expert_intermediate_size}")
     return lines

@@ -32,6 +32,11 @@ def test_pai_16b() -> None:
         assert expected in text
 
 
+def test_expert_residual_network_is_named() -> None:
+    text = _report("--recipe tiny-cpu --vocab-size 100 --use-expert-residual-network --expert-residual-layers 3", 1)
+    assert "expert residual network of 3 blocks after the experts" in text
+
+
 def test_dense_model_has_no_expert_lines() -> None:
     text = _report(
         "--vocab-size 100 --train-iters 5 --train-tokens 1000 --rampup-batch-size 1 1 10 --global-batch-size 4",

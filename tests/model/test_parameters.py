@@ -12,6 +12,7 @@ from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import TrainingConfig
 from megatron_moe.config.yaml_io import build_run, load_recipe
+from megatron_moe.model.flops import forward_flops_per_token
 from megatron_moe.model.parameters import (
     ParameterCounts,
     attention_size,
@@ -155,6 +156,19 @@ def test_details_of_a_layer() -> None:
     assert attention_size(run(disable_bias_linear=True, qk_layernorm=True)).total == plain + 2 * 2 * 16
     narrow = run(MoEConfig(num_experts=(2,), moe_ffn_hidden_size=32), swiglu=True)
     assert expert_size(narrow).total == 3 * 64 * 32 + 2 * 32 + 64
+
+
+def test_expert_residual_networks_are_counted() -> None:
+    """Three blocks on each of two layers; 2 operations a weight and token. All of it is active, none of it expert."""
+    h, plain = 64, _gpt(4, 64, 4, (4, 8))
+    flags = {"use_expert_residual_network": True, "expert_residual_layers": 3}
+    run = dataclasses.replace(plain, moe=dataclasses.replace(plain.moe, **flags))
+    counts, before = count_parameters(run), count_parameters(plain)
+    assert counts.expert_residual == 2 * 3 * (2 * 4 * h * h + 4 * h + h + 2 * h)
+    assert counts.total - before.total == counts.expert_residual
+    assert counts.activated - before.activated == counts.expert_residual
+    assert counts.experts == before.experts
+    assert forward_flops_per_token(run) - forward_flops_per_token(plain) == 2 * 3 * 2 * (2 * 4 * h * h)
 
 
 def _parallel(run: RunConfig, **sizes: object) -> RunConfig:
