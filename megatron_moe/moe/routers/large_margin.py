@@ -34,7 +34,9 @@ class LargeMarginRouter(TopKRouter):
 
     `lsoftmax` and `additive` lower the target's logit in the choice of experts and in the balancing loss. The experts'
     outputs are weighed by the plain scores, the same as in evaluation, unless --router-margin-gate is given (PAI's
-    code). `elsayed` leaves the logits alone and adds a loss.
+    code). The z-loss is of the plain logits. `elsayed` leaves the logits alone and adds a loss.
+
+    With several experts a token the target `self` is the first of them, the one with the largest logit.
 
     With --router-margin-scale the logits are cosines times that scale, in evaluation too.
     """

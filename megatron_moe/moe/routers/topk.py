@@ -75,13 +75,14 @@ class TopKRouter(CountingRouter, MegatronTopKRouter):
         scored_NE = self.scored(logits_NE, batch)
         choice_NE = self._with_noise(scored_NE)
         probs_NE, wanted_NE = self._choose(self.weighed(logits_NE, scored_NE), choice_NE)
-        map_NE = self._keep(wanted_NE, probs_NE)
+        map_NE = kept_NE = self._keep(wanted_NE, probs_NE)
+        dropped: Tensor | int = 0
         if map_NE is not wanted_NE:
-            probs_NE = probs_NE * map_NE
+            probs_NE, kept_NE = probs_NE * map_NE, map_NE & wanted_NE
+            dropped = wanted_NE.sum() - kept_NE.sum()
         probs_NE = self._attach_losses(probs_NE, scored_NE, choice_NE, (length, batch))
-        kept_NE = map_NE & wanted_NE
         self._apply_expert_bias(kept_NE)
-        self.count(kept_NE, dropped=wanted_NE.sum() - kept_NE.sum())
+        self.count(kept_NE, dropped=dropped)
         return probs_NE, map_NE
 
     # ---- for subclasses

@@ -3,6 +3,7 @@
 Tolerance of a router: its fp32 against fp64, 2e-6 of the largest value of a tensor.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.helpers.sharing import (
     start,
 )
 from tests.helpers.tiny import data_flags, tiny_run
+from tests.helpers.training import train_curve
 
 MARGIN = {"router": "large-margin"}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
@@ -250,6 +252,18 @@ def plain_and_margined() -> dict[str, Any]:
         found[f"{name}, evaluation"] = all(torch.equal(a, b) for a, b in pairs)
         differ = zip(outcome(built_router(**MARGIN | flags)), outcome(built_router()), strict=True)
         found[f"{name}, training"] = not all(torch.equal(a, b) for a, b in differ)
+    options = SIGMOID | TOP2 | {"moe_router_num_groups": 2, "moe_router_group_topk": 1}
+    options |= {"moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 2.5}
+    ours, plain = built_router(**MARGIN | NEAR | options), built_router(**options)
+    for router in (ours, plain):
+        router.expert_bias.copy_(torch.linspace(-0.2, 0.2, E))
+    probs, routing_map = ours(x)
+    logits = ours.gating(x).view(N, E)
+    wanted = plain.routing(ours.scored(logits, B).view(S, B, E))[1]
+    scores = torch.sigmoid(logits) * wanted
+    found["groups, bias: chosen with the margin"] = torch.equal(routing_map, wanted)
+    found["groups, bias: not as without"] = not torch.equal(routing_map, plain(x)[1])
+    found["groups, bias: weighed without"] = torch.allclose(probs, 2.5 * scores / scores.sum(dim=1, keepdim=True))
     half = built_router(**MARGIN, bf16=True)
     half.begin_step(7)
     found["half"] = [half.weight.dtype == torch.bfloat16, half.margin_beta.dtype == torch.float32]
@@ -268,7 +282,7 @@ def plain_and_margined() -> dict[str, Any]:
 def test_without_a_margin_and_outside_of_training_it_is_plain_top_k() -> None:
     found = run_ranks(1, plain_and_margined)[0]
     assert found.pop("half") == [True] * 6
-    assert len(found) == 13
+    assert len(found) == 16
     assert {name: value for name, value in found.items() if not value} == {}
 
 
@@ -328,6 +342,19 @@ def test_recompute_leaves_beta_alone(tiny_data: Path, alone: dict[str, Trained])
     assert again.losses == pytest.approx(alone["lsoftmax, annealed"].losses, rel=1e-6)
 
 
+def test_margin_loss_is_reported(tiny_data: Path, tmp_path: Path) -> None:
+    """As `moe_margin_loss`, the same from all stages, replicas and parts of a sequence."""
+    rows = []
+    for ranks, sizes in ((1, {}), (4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2})):
+        flags = data_flags(tiny_data) | MARGIN | ELSAYED | sizes | {"train_iters": 1, "tensorboard": False}
+        run_ranks(ranks, train_curve, tiny_run(**flags, save=str(tmp_path / str(ranks))))
+        rows.append(json.loads((tmp_path / str(ranks) / "metrics.jsonl").read_text(encoding="utf-8")))
+    alone, four = rows
+    assert 0 < alone["moe_margin_loss"] < 0.6
+    assert four["moe_margin_loss"] == pytest.approx(alone["moe_margin_loss"], rel=1e-5)
+    assert alone["moe_aux_loss"] == pytest.approx(1.0, abs=0.1)
+
+
 def saved_beta(run: Any) -> list[float]:
     """The beta of every layer, as a trainer finds it in a checkpoint."""
     from tests.helpers.training import build_trainer
@@ -342,8 +369,6 @@ def test_anneal_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
     assert_resumes_bit_for_bit(result)
     found = run_ranks(1, saved_beta, tiny_run(**data_flags(tiny_data), **flags, train_iters=4, load=str(tmp_path)))[0]
     assert found == [0.5, 0.5], "of step 1, the last before the checkpoint"
-    from tests.helpers.training import train_curve
-
     # It matters: a beta that started again at the checkpoint would show.
     slower = flags | {"router_margin_beta_decay": 1.0, "tensorboard": False}
     other = run_ranks(1, train_curve, tiny_run(**data_flags(tiny_data) | slower, train_iters=4))[0]
@@ -379,3 +404,40 @@ def test_anneal_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
 def test_flags_that_do_not_fit_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(tiny_run(**MARGIN | flags), 1)
+
+
+# ---- scoring and generation
+
+
+def inference(folder: str) -> list[Any]:
+    """Logits and a continuation with the checkpoint's routers, then with plain ones of the same weights."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_moe.config.parallel import ParallelConfig
+    from megatron_moe.inference.generation import generate
+    from megatron_moe.inference.model import load_for_inference
+    from megatron_moe.inference.options import SamplingOptions
+    from megatron_moe.moe.layer import moe_layers
+    from megatron_moe.moe.routers.large_margin import LargeMarginRouter
+    from megatron_moe.moe.routers.topk import TopKRouter
+
+    model = load_for_inference(folder, ParallelConfig(device="cpu"))
+    prompts = [model.tokenizer.encode("工程师写完了一封信。")] * 2
+
+    def outcome() -> list[Any]:
+        logits = model.logits(prompts).tolist()
+        return [logits, generate(model, prompts, SamplingOptions(greedy=True), max_new_tokens=5, micro_batch_size=2)]
+
+    ours = outcome()
+    for layer in moe_layers(model._chunk):
+        assert type(layer.router) is LargeMarginRouter
+        plain = TopKRouter(layer.config, get_default_pg_collection()).eval()
+        plain.weight.data.copy_(layer.router.weight)
+        layer.router = plain
+    return [ours, outcome()]
+
+
+def test_scores_and_generates_like_plain_top_k(tiny_data: Path, tmp_path: Path) -> None:
+    run_ranks(1, train_curve, tiny_run(**data_flags(tiny_data) | MARGIN | NEAR, save=str(tmp_path), tensorboard=False))
+    ours, plain = run_ranks(1, inference, str(tmp_path))[0]
+    assert ours == plain
