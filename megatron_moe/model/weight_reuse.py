@@ -9,7 +9,7 @@ Each layer and micro-batch has one draw, hashed from the seed, the step, the lay
 every rank that works on a micro-batch, and every recomputation of it, comes to the same.
 
 Shape legend: S = queries on this rank, T = keys, B = batch, H = heads on this rank, G = key/value heads on this rank,
-R = H / G, D = head width, K = channels of `moe/inputs.py`.
+R = H / G, D = head width, N = B * G, Q = R * S, K = channels of `moe/inputs.py`.
 """
 
 import hashlib
@@ -99,6 +99,9 @@ class ReusingLayer(CarryingLayer):
 
 class ReusingAttention(SelfAttention):
     """Self-attention that leaves its weights [B, H, S, T] in `carried`, or finds there those that it uses.
+
+    With a role it does what upstream's `Attention.forward` does in training (transformer/attention.py: projections,
+    rotation, core attention with or without recompute, output projection), for `SdpaAttention`'s scale and dropout.
 
     Attributes:
         role: of this layer for the micro-batch at hand; `ReusingLayer` sets it.
@@ -239,11 +242,13 @@ def attention_weights(q_BHSD: Tensor, k_BGTD: Tensor, places_S: Tensor, scale: f
     """
     heads, queries = q_BHSD.shape[1:3]
     groups, keys = k_BGTD.shape[1:3]
-    # The R heads of a group as more queries: keys need not be repeated.
-    q_BGQD = (q_BHSD * scale).reshape(-1, groups, heads // groups * queries, q_BHSD.shape[3])
-    scores_BHST = (q_BGQD @ k_BGTD.transpose(2, 3)).view(-1, heads, queries, keys)
+    # The R heads of a group as more queries: keys need not be repeated. A mask that is added costs no pass of its own.
+    q_NQD = q_BHSD.reshape(-1, heads // groups * queries, q_BHSD.shape[3])
     future_ST = torch.arange(keys, device=places_S.device) > places_S[:, None]
-    scores_BHST = scores_BHST.masked_fill(future_ST, float("-inf"))
+    mask_ST = torch.zeros(queries, keys, dtype=q_BHSD.dtype, device=q_BHSD.device).masked_fill(future_ST, float("-inf"))
+    mask_QT = mask_ST.repeat(heads // groups, 1)
+    scores_NQT = torch.baddbmm(mask_QT, q_NQD, k_BGTD.flatten(0, 1).transpose(1, 2), alpha=scale)
+    scores_BHST = scores_NQT.view(-1, heads, queries, keys)
     return scores_BHST.softmax(dim=-1, dtype=torch.float32).to(q_BHSD.dtype)
 
 

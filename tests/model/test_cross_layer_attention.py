@@ -91,9 +91,10 @@ def test_layouts_agree(layout: str, cla_flags: dict[str, Any], one_process: Trai
 
 @pytest.fixture(scope="module")
 def saved(cla_flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a checkpoint after two steps, in bf16."""
+    """A run's folder with a checkpoint after two steps, in bf16; four layers share."""
     folder = tmp_path_factory.mktemp("cla")
-    run_ranks(1, train_curve, tiny_run(**cla_flags | {"train_iters": 2, "bf16": True}, save=str(folder)))
+    flags = cla_flags | {"train_iters": 2, "bf16": True, "cla_share_factor": 4, "save": str(folder)}
+    run_ranks(1, train_curve, tiny_run(**flags))
     return folder
 
 
@@ -103,7 +104,7 @@ def test_checkpoint_holds_queries_only_of_cross_layers(saved: Path) -> None:
     cross = {"linear_q.weight": (32, 32), "linear_proj.weight": (32, 32), "linear_q.bias": (32,)}
     both = {"linear_proj.bias": (32,), "q_layernorm.weight": (8,), "k_layernorm.weight": (8,)}
     for layer, shapes in tensors.items():
-        assert shapes == (own if layer % 2 == 0 else cross) | both
+        assert shapes == (own if layer in (0, 4) else cross) | both
     assert sorted(tensors) == list(range(8))
 
 
@@ -134,7 +135,8 @@ def test_checkpoint_is_read_under_another_layout_and_trained_on(saved: Path, cla
     assert texts_split == texts
     for a, b in zip(whole[0], split[0], strict=True):
         assert a == pytest.approx(b, abs=2e-4)
-    runs = [tiny_run(**cla_flags, bf16=True, load=str(saved), tensor_model_parallel_size=size) for size in (1, 2)]
+    flags = cla_flags | {"bf16": True, "cla_share_factor": 4, "load": str(saved)}
+    runs = [tiny_run(**flags, tensor_model_parallel_size=size) for size in (1, 2)]
     alone, together = (run_ranks(size, train_curve, run)[0] for size, run in zip((1, 2), runs, strict=True))
     assert len(alone.losses) == 1
     # bf16 keeps 8 bits; sums over ranks are rounded elsewhere.
