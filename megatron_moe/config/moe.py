@@ -44,7 +44,7 @@ class MoEConfig:
     router: RouterName = "topk"
     """Which router assigns tokens to experts; docs/moe.md compares them."""
     moe_router_topk: int = 1
-    """Experts per token."""
+    """Experts per token (--router expert-choice: on average)."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """Turns router logits into scores."""
     moe_router_pre_softmax: bool | None = None
@@ -72,16 +72,18 @@ class MoEConfig:
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of the router's arithmetic."""
     moe_input_jitter_eps: float | None = None
-    """Multiplies the router's input by U(1-eps, 1+eps) in training."""
+    """Multiplies the router's input by U(1-eps, 1+eps) in training, drawn for every token and channel: the same
+    numbers under every layout."""
     moe_router_noise: Literal["none", "rsample"] = "none"
     """Noise on the choice of experts in training: Gumbel noise added to the logits (DeepSpeed's and PAI's RSample)."""
     moe_expert_capacity_factor: float | None = None
-    """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts. Default:
-    dropless. Generation and scoring are always dropless."""
+    """Tokens an expert accepts, as a multiple of its fair share; the rest skip the experts (--router recycle: go to
+    others). Default: dropless. Generation and scoring are always dropless."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity (needs --moe-expert-capacity-factor)."""
     moe_min_capacity: int = 0
-    """An expert accepts at least this many tokens of a micro-batch, whatever the capacity factor says."""
+    """An expert accepts at least this many tokens of a rank's part of a micro-batch, whatever the capacity factor
+    says."""
     moe_token_drop_policy: Literal["probs", "position", "random"] = "probs"
     """Which tokens an over-full expert drops: the least probable, the last, or any (random token selection)."""
     moe_shared_expert_intermediate_size: int | None = None
