@@ -137,8 +137,9 @@ def cutoffs() -> dict[str, Any]:
     for step in range(6):
         micro_batches = [hidden_states(seed=100 * step + i) for i in range(3)]
         for x in micro_batches:
+            # A first pass under recompute; of other tokens, which would show in the mean.
             with torch.no_grad():
-                layer(x, padding_mask=packed_inputs())
+                layer(hidden_states(seed=2), padding_mask=packed_inputs())
             layer(x, padding_mask=packed_inputs())
         layer.eval()(hidden_states(seed=1))
         layer.train()
@@ -182,6 +183,29 @@ def conversions() -> list[Any]:
 def test_cutoffs_stay_fp32_in_a_bf16_model() -> None:
     expected = ["torch.float32", "torch.float32", "torch.int64", "torch.bfloat16", True]
     assert run_ranks(1, conversions)[0] == [*expected, ["router.cutoff_steps", "router.cutoffs"]]
+
+
+def z_loss() -> list[float]:
+    """Value and formula, and the error of the gate's gradient."""
+    from megatron_moe.moe.metrics import collect_aux_losses
+
+    start()
+    layer = build_layer(**FLAGS, moe_z_loss_coeff=0.1)
+    weight = layer.router.weight
+    x = hidden_states()
+    out, _ = layer(x, padding_mask=packed_inputs())
+    (gradient,) = torch.autograd.grad(out.sum() * 0.0, weight)
+    formula = torch.logsumexp(x @ weight.T, dim=-1).square().mean()
+    # Losses are summed over tokens, to be divided by their number at the end of the step.
+    (expected,) = torch.autograd.grad(formula * 0.1 * N, weight)
+    error = (gradient - expected).abs().max() / expected.abs().max()
+    return [collect_aux_losses(1, 1, 1)["z_loss"], float(formula.detach()), float(error)]
+
+
+def test_z_loss_equals_its_formula() -> None:
+    measured, formula, error = run_ranks(1, z_loss)[0]
+    assert measured == pytest.approx(formula, rel=1e-5)
+    assert error < 1e-4
 
 
 def nobody() -> list[float]:
