@@ -8,8 +8,8 @@ Four kinds of text (news, reviews, poetry, novel) take equal turns; the kind is 
 draws the weights and the order of the text, and every router gets the same ones, so that differences to `topk` are
 taken seed by seed. Losses are of held-out text, the same for all. Load numbers are of the last fifth of the steps.
 
-Speed is measured afterwards, one router at a time on all cores, in rounds that go through all routers, so that whatever
-else the machine does falls on all of them. A second call goes on where the first one stopped.
+Speed is measured afterwards, on all cores: the routers take turns step by step, so that whatever else the machine does
+falls on all of them. A second call goes on where the first one stopped.
 """
 
 import argparse
@@ -19,23 +19,19 @@ import math
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.config.data import DataConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
 from megatron_moe.runtime.quiet import silence_third_party_warnings
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DOMAINS = ("新闻", "评论", "诗词", "小说")
-VOCABULARY = 4000
-SPEED_STEPS = 8
 UNCOUNTED = 2
 
 MODEL: dict[str, dict[str, Any]] = {
@@ -52,8 +48,8 @@ MODEL: dict[str, dict[str, Any]] = {
     },
     "moe": {"num_experts": (8, 8, 16, 16)},
     "parallel": {"device": "cpu"},
-    "training": {"micro_batch_size": 16, "global_batch_size": 16, "eval_iters": 24},
-    "optimizer": {"lr": 4e-3, "min_lr": 2e-4, "lr_warmup_iters": 20, "weight_decay": 0.1},
+    "training": {"micro_batch_size": 16, "global_batch_size": 16},
+    "optimizer": {"lr": 4e-3, "min_lr": 2e-4, "weight_decay": 0.1},
     "logging": {"progress": "off", "tensorboard": False},
 }
 FULL = {"moe_expert_capacity_factor": 1.0}
@@ -96,37 +92,36 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--vocab-size", type=int, default=4000)
+    parser.add_argument("--eval-iters", type=int, default=24, help="batches of held-out text")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    parser.add_argument("--speed-rounds", type=int, default=5, help="0: do not measure speed")
+    parser.add_argument("--speed-rounds", type=int, default=15, help="timed steps of each router; 0: none")
     return parser.parse_args(argv)
 
 
 # ---- token files
 
 
-def _tool(name: str, *words: object) -> None:
-    subprocess.run([sys.executable, str(REPOSITORY / "tools" / name), *map(str, words)], check=True)
-
-
-def prepare(corpus: Path, folder: Path) -> None:
+def prepare(corpus: Path, folder: Path, vocab_size: int) -> None:
     """Token files of every kind of text with its domain, a tokenizer, and the counts of its ids."""
     if (folder / "counts.npy").exists():
         return
+    import numpy as np
+
+    from megatron_moe.data.preprocess import Preprocessing, preprocess
+    from megatron_moe.data.preprocess.counts import count_tokens
+    from megatron_moe.data.tokenizer.build import train_tokenizer
+
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
         _split_by_kind(corpus / f"{split}.jsonl", folder, split)
-    texts = [folder / f"train-{kind}.jsonl" for kind in DOMAINS]
-    _tool("build_tokenizer.py", "--input", *texts, "--output", folder / "tokenizer", "--vocab-size", VOCABULARY)
+    tokenizer = folder / "tokenizer.model"
+    train_tokenizer([folder / f"train-{kind}.jsonl" for kind in DOMAINS], tokenizer, vocab_size)
+    job = Preprocessing(data=DataConfig(tokenizer_model=str(tokenizer)), domain_key="dataType", domains=DOMAINS)
     for split in ("train", "heldout"):
         for kind in DOMAINS:
-            _tool(
-                *("preprocess_data.py", "--input", folder / f"{split}-{kind}.jsonl"),
-                *("--output-prefix", folder / f"{split}-{kind}"),
-                *("--tokenizer-model", folder / "tokenizer" / "tokenizer.model"),
-                *("--domain-key", "dataType", "--domains", *DOMAINS),
-            )
-    prefixes = [folder / f"train-{kind}" for kind in DOMAINS]
-    _tool("preprocess_data.py", "counts", *prefixes, "--output", folder / "counts.npy")
+            preprocess([folder / f"{split}-{kind}.jsonl"], folder / f"{split}-{kind}", job)
+    np.save(folder / "counts.npy", count_tokens([folder / f"train-{kind}" for kind in DOMAINS]))
 
 
 def _split_by_kind(source: Path, folder: Path, split: str) -> None:
@@ -146,17 +141,20 @@ def _split_by_kind(source: Path, folder: Path, split: str) -> None:
 # ---- runs
 
 
-def variant_run(name: str, seed: int, steps: int, data: Path, save: Path | None) -> RunConfig:
+def variant_run(name: str, seed: int, steps: int, data: Path, save: Path | None, eval_iters: int = 1) -> RunConfig:
     """The run of one line of the table."""
     layers: dict[str, dict[str, Any]] = {section: dict(values) for section, values in MODEL.items()}
-    sections = {field.name: field.default_factory() for field in dataclasses.fields(RunConfig)}  # type: ignore[misc]
+    default = RunConfig()
+    sections = {field.name: getattr(default, field.name) for field in dataclasses.fields(RunConfig)}
     flags = {
         "seed": seed,
         "train_iters": steps,
         "eval_interval": steps,
+        "eval_iters": eval_iters,
+        "lr_warmup_iters": min(20, steps // 4),
         "train_data_path": _blend(data, "train"),
         "valid_data_path": _blend(data, "heldout"),
-        "tokenizer_model": str(data / "tokenizer" / "tokenizer.model"),
+        "tokenizer_model": str(data / "tokenizer.model"),
         "save": None if save is None else str(save),
         **VARIANTS[name],
     }
@@ -190,7 +188,7 @@ def _trainer(run: RunConfig) -> Any:
     return Trainer.build(run, _world())
 
 
-def train(jobs: Iterable[tuple[str, int]], steps: int, data: Path, output: Path) -> None:
+def train(jobs: Iterable[tuple[str, int]], steps: int, eval_iters: int, data: Path, output: Path) -> None:
     """Train some runs one after another in this process, on one thread."""
     silence_third_party_warnings()
     import torch
@@ -199,7 +197,7 @@ def train(jobs: Iterable[tuple[str, int]], steps: int, data: Path, output: Path)
     for name, seed in jobs:
         folder = run_folder(output, name, seed, steps)
         if not finished(folder, steps):
-            trainer = _trainer(variant_run(name, seed, steps, data, folder))
+            trainer = _trainer(variant_run(name, seed, steps, data, folder, eval_iters))
             trainer.train()
             print(f"{name}, seed {seed}: loss {held_out_loss(folder):.4f}", flush=True)
 
@@ -242,38 +240,36 @@ def load_numbers(folder: Path, steps: int) -> tuple[float, float, float]:
 # ---- speed
 
 
-def time_steps(name: str, data: Path, answer: Any) -> None:
-    """Median seconds of a step of one router on all cores."""
+def time_steps(names: Sequence[str], data: Path, rounds: int, answer: Any) -> None:
+    """Seconds of each router's steps: all are built in this process and take turns, step by step."""
     silence_third_party_warnings()
     from megatron_moe.training.step import train_step
 
-    trainer = _trainer(variant_run(name, 1, UNCOUNTED + SPEED_STEPS, data, None))
-    batches, seconds = trainer._training_batches(), []
-    for step in range(UNCOUNTED + SPEED_STEPS):
-        trainer.clock.begin(step)
-        began = time.perf_counter()
-        result = train_step(trainer.run, trainer.model, trainer.optimizer, batches, 1)
-        seconds.append(time.perf_counter() - began)
-        trainer.clock.finish(skipped=result.skipped)
-    answer.put(statistics.median(seconds[UNCOUNTED:]))
+    total = UNCOUNTED + rounds
+    trainers = {name: _trainer(variant_run(name, 1, total, data, None)) for name in names}
+    batches = {name: trainer._training_batches() for name, trainer in trainers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(total):
+        for name, trainer in trainers.items():
+            trainer.clock.begin(step)
+            began = time.perf_counter()
+            result = train_step(trainer.run, trainer.model, trainer.optimizer, batches[name], 1)
+            seconds[name].append(time.perf_counter() - began)
+            trainer.clock.finish(skipped=result.skipped)
+    answer.put({name: statistics.median(values[UNCOUNTED:]) for name, values in seconds.items()})
 
 
 def measure_speed(names: Sequence[str], data: Path, rounds: int) -> dict[str, float]:
-    """Tokens per second of every router: the median over rounds."""
+    """Tokens per second of every router: the median of its steps."""
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names:
-            answer = context.SimpleQueue()
-            process = context.Process(target=time_steps, args=(name, data, answer))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"{name}: measuring its speed failed")
-            seconds[name].append(answer.get())
-        print(f"speed: round {number + 1} of {rounds}", flush=True)
+    answer = context.SimpleQueue()
+    process = context.Process(target=time_steps, args=(names, data, rounds, answer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("measuring the speed failed; the error stands above")
     tokens = MODEL["training"]["global_batch_size"] * MODEL["model"]["seq_length"]
-    return {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    return {name: tokens / seconds for name, seconds in answer.get().items()}
 
 
 # ---- the table
@@ -309,14 +305,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare, train, measure, print."""
     flags = _parse(argv)
     data = flags.output / "data"
-    prepare(flags.corpus, data)
+    prepare(flags.corpus, data, flags.vocab_size)
     names = list(dict.fromkeys(["topk", *flags.routers]))
     # Seed by seed: when it is stopped, every router has as many runs.
     jobs = [(name, seed) for seed in range(1, flags.seeds + 1) for name in names]
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=train, args=(jobs[worker :: flags.workers], flags.steps, data, flags.output))
-        for worker in range(flags.workers)
+        context.Process(
+            target=train, args=(jobs[w :: flags.workers], flags.steps, flags.eval_iters, data, flags.output)
+        )
+        for w in range(flags.workers)
     ]
     for process in processes:
         process.start()

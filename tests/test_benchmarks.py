@@ -109,3 +109,24 @@ def test_data_prints_every_side_of_the_cleaner(tmp_path: Path) -> None:
     costs = [line for line in done.stdout.splitlines() if line.startswith("| ") and line.endswith(" |")]
     assert any(line.startswith("| whitespace | ") for line in costs)
     assert any(line.startswith("| whole recipe | ") for line in costs)
+
+
+@pytest.mark.slow
+def test_routers_prints_a_line_for_each(tmp_path: Path) -> None:
+    kinds = ("新闻", "评论", "诗词", "小说")
+    for split, seed in (("train", 0), ("heldout", 1)):
+        rows = [{"text": text, "dataType": kinds[i % 4]} for i, text in enumerate(documents(400, seed=seed))]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    command = [sys.executable, "benchmarks/routers.py", "--corpus", str(tmp_path), "--output", str(tmp_path / "out")]
+    command += ["--routers", "base", "random-routed", "--seeds", "1", "--steps", "2", "--workers", "1"]
+    command += ["--vocab-size", "860", "--eval-iters", "1", "--speed-rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| topk", "| base", "| random-routed"]
+    for row in rows:
+        assert 5 < float(row[1]) < 8
+        assert float(row[-1].rstrip(" |").replace(",", "")) > 0
+    # Shared out equally: 2,048 tokens over 8 and over 16 experts.
+    assert float(rows[1][3]) == 0.0
