@@ -126,8 +126,8 @@ def outputs_under(folder: Path, sizes: dict[str, int]) -> tuple[list[Any], list[
     return model.logits([[5, 6, 7, 8, 9, 10]]).tolist(), generate(model, prompts_of(model), GREEDY, max_new_tokens=6)
 
 
-def test_checkpoint_is_read_under_another_layout_and_trained_on(saved: Path, cla_flags: dict[str, Any]) -> None:
-    """Logits and texts of TP 2 x PP 2, and the third step's loss on two ranks, against one process."""
+def test_checkpoint_is_read_under_another_layout(saved: Path) -> None:
+    """Logits and texts of TP 2 x PP 2 against one process."""
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     (whole, texts), (split, texts_split) = (
         run_ranks(ranks, outputs_under, saved, sizes if ranks > 1 else {})[0] for ranks in (1, 4)
@@ -135,12 +135,6 @@ def test_checkpoint_is_read_under_another_layout_and_trained_on(saved: Path, cla
     assert texts_split == texts
     for a, b in zip(whole[0], split[0], strict=True):
         assert a == pytest.approx(b, abs=2e-4)
-    flags = cla_flags | {"bf16": True, "cla_share_factor": 4, "load": str(saved)}
-    runs = [tiny_run(**flags, tensor_model_parallel_size=size) for size in (1, 2)]
-    alone, together = (run_ranks(size, train_curve, run)[0] for size, run in zip((1, 2), runs, strict=True))
-    assert len(alone.losses) == 1
-    # bf16 keeps 8 bits; sums over ranks are rounded elsewhere.
-    assert together.losses == pytest.approx(alone.losses, rel=5e-3)
 
 
 def test_cached_text_equals_uncached(saved: Path) -> None:

@@ -9,7 +9,10 @@ import pytest
 from megatron_moe.config.attention import computed_share
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.flags import parse_run
+from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.validate import validate
+from megatron_moe.inference.options import LoadOptions
+from megatron_moe.inference.saved_model import open_checkpoint
 from megatron_moe.model.flops import forward_flops_per_token, training_flops_per_token
 from tests.helpers.distributed import run_ranks
 from tests.helpers.models import Trained, assemble, assert_close, train_and_gather
@@ -194,6 +197,12 @@ def test_layouts_agree(layout: str, reuse_flags: dict[str, Any], one_process: Tr
     assert_close(assemble([rank.gradients for rank in ranks]), assemble([one_process.gradients]), 1e-4)
 
 
+def test_bf16_learns_alike(reuse_flags: dict[str, Any], one_process: Trained) -> None:
+    """bf16 keeps 8 bits of every weight and activation."""
+    half = run_ranks(1, train_and_gather, tiny_run(**reuse_flags, bf16=True))[0]
+    assert half.losses == pytest.approx(one_process.losses, rel=1e-2)
+
+
 def test_resumed_run_draws_what_it_would_have_drawn(tiny_data: Path, tmp_path: Path) -> None:
     flags = data_flags(tiny_data) | {PROB: 0.5, "tensorboard": False, **DEEP}
     whole = run_ranks(1, train_curve, tiny_run(**flags))[0]
@@ -201,6 +210,10 @@ def test_resumed_run_draws_what_it_would_have_drawn(tiny_data: Path, tmp_path: P
     rest = run_ranks(1, train_curve, tiny_run(**flags, load=str(tmp_path)))[0]
     assert rest.losses == whole.losses[1:]
     assert rest.grad_norms == whole.grad_norms[1:]
+    # Stages that training could not have: inference computes everywhere.
+    split = ParallelConfig(device="cpu", pipeline_model_parallel_size=2)
+    opened = open_checkpoint(LoadOptions(load=str(tmp_path)), split, world_size=2)
+    assert opened.run.model.attention_weight_reuse_prob == 1.0
 
 
 def flops_of_roles(run: Any) -> dict[str, int]:
