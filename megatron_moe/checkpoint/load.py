@@ -119,6 +119,7 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
         if name not in FREE_MODEL_FLAGS and name not in RESOLVED_MODEL_FLAGS
     ]
     pairs += [(name, getattr(saved.moe, name), getattr(run.moe, name)) for name in SHAPE_MOE_FLAGS]
+    pairs.append(("router_margin_scale", saved.routing.router_margin_scale, run.routing.router_margin_scale))
     pairs += [
         ("num_experts", expert_layout(saved).experts_per_layer, expert_layout(run).experts_per_layer),
         ("moe_ffn_hidden_size", saved.expert_ffn_size, run.expert_ffn_size),

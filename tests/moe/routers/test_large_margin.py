@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moe.config.base import ConfigError
+from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.validate import validate
+from megatron_moe.config.yaml_io import save_run
 from megatron_moe.moe.assignment import balanced_assignment
 from tests.helpers.distributed import run_ranks
 from tests.helpers.models import Trained, assemble, train_and_gather
@@ -404,6 +405,17 @@ def test_anneal_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
 def test_flags_that_do_not_fit_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate(tiny_run(**MARGIN | flags), 1)
+
+
+def test_a_checkpoint_of_another_scale_is_refused(tmp_path: Path) -> None:
+    """Its logits mean something else, outside of training too; the margin itself may change."""
+    from megatron_moe.checkpoint.load import check_same_model
+
+    flags = MARGIN | ADDITIVE | {"vocab_size": 100}
+    save_run(tiny_run(**flags, router_margin_scale=4.0), tmp_path / "config.yaml")
+    check_same_model(tiny_run(**flags, router_margin_scale=4.0, router_margin=0.3), tmp_path)
+    with pytest.raises(UserError, match=r"--router-margin-scale None: the checkpoint .* was written with 4\.0"):
+        check_same_model(tiny_run(**flags), tmp_path)
 
 
 # ---- scoring and generation
