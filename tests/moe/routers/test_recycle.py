@@ -80,6 +80,18 @@ def test_free_places_are_drawn_equally_and_without_replacement() -> None:
     assert (counts - expected).abs().max() < 5 * math.sqrt(0.5 * draws)
 
 
+def test_of_those_without_a_place_nobody_comes_first() -> None:
+    """Five tokens want expert 0 and five expert 1, which take two each; expert 2 has room for two of the other six."""
+    lost = torch.zeros(2)
+    draws = 300
+    for seed in range(draws):
+        got = draw([0] * 5 + [1] * 5, 3, 2, seed)
+        lost += torch.tensor([got[:5].count(-1), got[5:].count(-1)])
+    # Four of six are lost, a variance of 6 * 1/2 * 1/2 * 4/6 * 2/5 = 0.4 a draw for either half; five deviations.
+    assert lost.sum() == 4 * draws
+    assert (lost - 2 * draws).abs().max() < 5 * math.sqrt(0.4 * draws)
+
+
 # ---- the layer
 
 
@@ -155,55 +167,60 @@ def test_equals_a_loop(name: str, compared: dict[str, tuple[Compared, list[int],
     assert max(load) == capacity, "no expert was full: this test proves nothing"
 
 
-def routings() -> dict[str, Any]:
-    """Maps of the same tokens under one thing changed at a time."""
+def routings(policy: str) -> dict[str, Any]:
+    """The experts of the same tokens, with one thing changed at a time."""
     start()
-    maps: dict[str, Any] = {}
-    layer = build_layer(**FLAGS, moe_token_drop_policy="random")
+    layer = build_layer(**FLAGS, moe_token_drop_policy=policy)
     router = layer.router
-
-    def route(x: Tensor, first_sample: int = 5) -> tuple[list[Any], list[int]]:
-        map_NE: list[Any] = []
-        inner = type(router).routing
-
-        def noted(logits: Tensor, padding_mask: Any = None) -> tuple[Tensor, Tensor]:
-            outputs = inner(router, logits, padding_mask)
-            map_NE[:] = outputs[1].int().tolist()
-            return outputs
-
-        router.routing = noted
-        layer(x, padding_mask=packed_inputs(first_sample))
-        return map_NE, router.take_load().int().tolist()
-
-    x = hidden_states()
-    maps["first"], maps["load"] = route(x)
     with torch.no_grad():
-        maps["recompute"], maps["recompute load"] = route(x)
-    router.begin_step(1)
-    maps["next step"], _ = route(x)
-    router.begin_step(0)
-    maps["next micro-batch"], _ = route(x, first_sample=7)
-    router.layer_number = 2
-    maps["next layer"], _ = route(x)
-    router.layer_number = 1
-    maps["again"], _ = route(x)
+        # About half of the tokens want the first expert: many have to leave, and may go to many places.
+        router.weight[0] *= 4
+    seen: list[int] = []
+    inner = router.routing
+
+    def noted(logits: Tensor, padding_mask: Any = None) -> tuple[Tensor, Tensor]:
+        outputs = inner(logits, padding_mask)
+        seen[:] = outputs[1].int().argmax(dim=1).tolist()
+        return outputs
+
+    router.routing = noted
+    x = hidden_states()
+
+    def route(step: int = 0, layer_number: int = 1, first_sample: int = 5) -> list[int]:
+        router.begin_step(step)
+        router.layer_number = layer_number
+        layer(x, padding_mask=packed_inputs(first_sample))
+        return list(seen)
+
+    wanted = (x.reshape(N, -1) @ router.weight.T).argmax(dim=1).tolist()
+    results: dict[str, Any] = {"wanted": wanted, "first": route(), "load": router.take_load().int().tolist()}
+    with torch.no_grad():
+        results["recompute"] = route()
+    results["recompute load"] = router.take_load().int().tolist()
+    results["next step"] = route(step=1)
+    results["next layer"] = route(layer_number=2)
+    results["next micro-batch"] = route(first_sample=7)
+    results["again"] = route()
     layer.eval()
-    maps["evaluation"], _ = route(x)
-    maps["greedy"] = torch.nn.functional.one_hot(
-        torch.nn.functional.linear(x.reshape(N, -1), router.weight).argmax(dim=1), E
-    ).tolist()
-    return maps
+    results["evaluation"] = route()
+    return results
 
 
-def test_chance_is_that_of_step_layer_and_micro_batch() -> None:
-    maps = run_ranks(1, routings)[0]
-    assert maps["again"] == maps["recompute"] == maps["first"]
+@pytest.mark.parametrize("policy", ["probs", "random"])
+def test_chance_is_that_of_step_layer_and_micro_batch(policy: str) -> None:
+    got = run_ranks(1, routings, policy)[0]
+
+    def kept(name: str) -> list[bool]:
+        return [a == b for a, b in zip(got[name], got["wanted"], strict=True)]
+
+    assert got["again"] == got["recompute"] == got["first"]
     for other in ("next step", "next layer", "next micro-batch"):
-        assert maps[other] != maps["first"], other
-    assert maps["evaluation"] == maps["greedy"] != maps["first"]
-    assert sum(maps["load"][:-2]) == N
-    assert maps["load"][-1] > 0
-    assert maps["recompute load"] == [0] * (E + 2)
+        assert got[other] != got["first"], other
+        assert (kept(other) != kept("first")) == (policy == "random"), other
+    assert got["evaluation"] == got["wanted"] != got["first"]
+    assert sum(got["load"][:-2]) == N
+    assert got["load"][-1] > 0
+    assert got["recompute load"] == [0] * (E + 2)
 
 
 def aux_losses() -> list[Any]:
