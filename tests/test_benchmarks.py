@@ -130,3 +130,16 @@ def test_routers_prints_a_line_for_each(tmp_path: Path) -> None:
         assert float(row[-1].rstrip(" |").replace(",", "")) > 0
     # Shared out equally: 2,048 tokens over 8 and over 16 experts.
     assert float(rows[1][3]) == 0.0
+
+
+@pytest.mark.slow
+def test_attention_reuse_prints_every_side() -> None:
+    command = [sys.executable, "benchmarks/attention_reuse.py", "--layers", "4", "--hidden-size", "64"]
+    command += ["--seq-length", "32", "--passes", "2", "--threads", "1", "--prob", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    _, *sides, fused, explicit = done.stdout.splitlines()
+    assert [line.split()[0] for line in sides] == ["fused", "explicit", "reuse"]
+    assert [line.split("; ")[1].split("%")[0] for line in sides] == ["100.0", "100.0", "25.0"]
+    assert "processor time" in fused
+    assert "processor time" in explicit
