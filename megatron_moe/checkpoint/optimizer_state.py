@@ -7,6 +7,7 @@ rate, and another name for master weights with and without the distributed optim
 their keys, and what all parameters share: the number of updates and the loss scale. The rest comes from the flags.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_moe.checkpoint import torch_adam
 from megatron_moe.runtime import replace
@@ -33,7 +35,10 @@ def saved_state(model_sharded: dict[str, Any], optimizer: Any) -> dict[str, Any]
     Before the first update (fp16 may skip many steps) there are no tensors: there is nothing to keep.
     """
     updates = updates_taken(optimizer)
-    tree = optimizer.sharded_state_dict(model_sharded, is_loading=False, metadata=METADATA) if updates else {}
+    tree = {}
+    if updates:
+        with _without_empty_parts(optimizer), _whole_buckets(optimizer):
+            tree = optimizer.sharded_state_dict(model_sharded, is_loading=False, metadata=METADATA)
     scalers = [part.grad_scaler for part in _parts(optimizer) if getattr(part, "grad_scaler", None) is not None]
     common = {"updates": updates, "grad_scaler": scalers[0].state_dict() if scalers else None}
     return {"optimizer": _flat(tree), "optimizer_common": common}
@@ -56,8 +61,9 @@ class OptimizerLoad:
         if not common["updates"]:
             return
         replace.apply([torch_adam.REPLACEMENT])
-        torch_adam.fill_empty_states(optimizer)
-        self._tree = optimizer.sharded_state_dict(model_sharded, is_loading=True, metadata=METADATA)
+        with _without_empty_parts(optimizer), _whole_buckets(optimizer):
+            torch_adam.fill_empty_states(optimizer)
+            self._tree = optimizer.sharded_state_dict(model_sharded, is_loading=True, metadata=METADATA)
         stored = dist_checkpointing.load_tensors_metadata(str(folder))
         if not any(key.startswith(MASTER) for key in stored):
             # An fp32 run without distributed optimizer keeps no masters: they are the weights, which are loaded twice.
@@ -86,12 +92,13 @@ class OptimizerLoad:
                 _put(self._tree, place, loaded[_name(place)])
             elif isinstance(value, LocalNonpersistentObject):
                 _put(self._tree, place, value.unwrap())
-        chained = len(_parts(self._optimizer)) > 1
-        for index, part in enumerate(_parts(self._optimizer)):
-            state = self._tree[index] if chained else self._tree
-            if state:
-                _set_common(part, state, updates, scaler)
-        self._optimizer.load_state_dict(self._tree)
+        with _without_empty_parts(self._optimizer):
+            chained = len(_parts(self._optimizer)) > 1
+            for index, part in enumerate(_parts(self._optimizer)):
+                state = self._tree[index] if chained else self._tree
+                if state:
+                    _set_common(part, state, updates, scaler)
+            self._optimizer.load_state_dict(self._tree)
         torch_adam.separate_steps(self._optimizer)
 
 
@@ -110,6 +117,49 @@ def updates_taken(optimizer: Any) -> int:
 
 def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+@contextlib.contextmanager
+def _without_empty_parts(optimizer: Any) -> Iterator[None]:
+    """Leave the distributed optimizer of the experts aside where this pipeline stage has no experts.
+
+    Upstream asks it for the number of its updates, which it does not have
+    (`optimizer/distrib_optimizer.py:DistributedOptimizer.state_dict`).
+    """
+    parts = _parts(optimizer)
+    kept = [part for part in parts if not isinstance(part, DistributedOptimizer) or part.buffers]
+    if len(kept) == len(parts):
+        yield
+        return
+    optimizer.chained_optimizers = kept
+    try:
+        yield
+    finally:
+        optimizer.chained_optimizers = parts
+
+
+@contextlib.contextmanager
+def _whole_buckets(optimizer: Any) -> Iterator[None]:
+    """Let the distributed optimizer gather buckets with the padding at their ends.
+
+    megatron-core puts the buckets of a buffer together without it, and then looks parameters up where they stand with
+    it (`distrib_optimizer.py:get_parameter_state_dp_zero`, `sharded_param_state_fully_reshardable`): all that comes
+    after a bucket whose size is no multiple of its padding would be saved from the wrong place.
+    """
+    units = [
+        unit
+        for part in _parts(optimizer)
+        for buffer in getattr(part, "buffers", None) or ()
+        for unit in (buffer, *buffer.buckets)
+    ]
+    before = [unit.numel_unpadded for unit in units]
+    for unit in units:
+        unit.numel_unpadded = unit.grad_data.numel()
+    try:
+        yield
+    finally:
+        for unit, numel in zip(units, before, strict=True):
+            unit.numel_unpadded = numel
 
 
 def _set_common(part: Any, state: dict[str, Any], updates: int, scaler: dict[str, Any] | None) -> None:

@@ -189,9 +189,9 @@ SCHEDULE = {"lr_decay_style": "cosine", "lr_warmup_iters": 1, "lr_decay_iters": 
 CHAIN: tuple[tuple[int, dict[str, Any]], ...] = (
     (1, {}),
     (4, {TENSOR: 2, PIPELINE: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
+    # Of two stages, here as above, the first has no experts.
+    (4, {PIPELINE: 2, EXPERT: 2, "use_distributed_optimizer": True}),
     (2, {EXPERT: 2, "use_distributed_optimizer": True}),
-    # The first stage has no experts.
-    (2, {PIPELINE: 2, "use_distributed_optimizer": True}),
     (1, {}),
 )
 
