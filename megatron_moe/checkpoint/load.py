@@ -50,6 +50,14 @@ SHAPE_MOE_FLAGS = (
     "moe_router_enable_expert_bias",
 )
 
+SHAPE_ROUTING_FLAGS = (
+    "router_margin_scale",
+    "router_map",
+    "router_domain_shares",
+    "router_embedding_size",
+    "router_embedding_shared",
+)
+
 
 def load_model(model: list[Any], folder: Path) -> None:
     """Load weights alone, as generation and scoring need them.
@@ -119,7 +127,7 @@ def check_same_model(run: RunConfig, folder: Path) -> None:
         if name not in FREE_MODEL_FLAGS and name not in RESOLVED_MODEL_FLAGS
     ]
     pairs += [(name, getattr(saved.moe, name), getattr(run.moe, name)) for name in SHAPE_MOE_FLAGS]
-    pairs.append(("router_margin_scale", saved.routing.router_margin_scale, run.routing.router_margin_scale))
+    pairs += [(name, getattr(saved.routing, name), getattr(run.routing, name)) for name in SHAPE_ROUTING_FLAGS]
     pairs += [
         ("num_experts", expert_layout(saved).experts_per_layer, expert_layout(run).experts_per_layer),
         ("moe_ffn_hidden_size", saved.expert_ffn_size, run.expert_ffn_size),
