@@ -80,7 +80,7 @@ say "done"
     --tokenizer-model "$TOKENIZER_MODEL" --require-margin "$MARGIN"
 cat <<END
 
-picture          $RUN/training.png
+picture          $RUN/training.png; $RUN/training.html moves the experts' load through time
 metrics          $RUN/metrics.jsonl, $RUN/expert_load.jsonl; tensorboard --logdir $RUN
 checkpoint       $RUN (config.yaml says every flag)
 next             python -m megatron_moe.generate --load $RUN --prompt 刘备 --max-new-tokens 60

@@ -34,6 +34,7 @@ def test_demo_runs_every_stage_and_goes_on_when_called_again(tmp_path: Path) -> 
     assert "Warning" not in first.stderr
     run = tmp_path / "tiny-cpu"
     assert (run / "training.png").stat().st_size > 10_000
+    assert "loads-slider" in (run / "training.html").read_text(encoding="utf-8")
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "6\n"
     assert (run / "evaluation.json").exists()
     again = demo(tmp_path, "--train-iters", "8")

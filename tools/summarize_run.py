@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.data.command_line import ToolParser, run_tool
-from megatron_moe.data.rows import Row, counts, number, read_rows
+from megatron_moe.data.rows import Row, counts, iterate_rows, number, read_rows
 from megatron_moe.data.stats import unigram_cross_entropy, unigram_entropy
 from megatron_moe.data.tokenizer.load import load_tokenizer
 
@@ -67,7 +67,7 @@ def summarize(run: Path, entropy: float, learned: float) -> tuple[list[str], flo
         f"below it by      {entropy - loss:.3f} nats",
     ]
     path_of_loads = run / "expert_load.jsonl"
-    for line, load in enumerate(read_rows(path_of_loads), start=1):
+    for line, load in iterate_rows(path_of_loads):
         if load["step"] == last["step"]:
             layer, tokens = counts(load, f"{path_of_loads} line {line}")
             shares = " ".join(f"{count / max(1, sum(tokens)):.0%}" for count in tokens)
