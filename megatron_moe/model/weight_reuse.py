@@ -131,6 +131,7 @@ class ReusingAttention(SelfAttention):
             self.carried = None
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         if self.role == "copy":
+            assert self.carried is not None, f"layer {self.layer_number} found no attention weights"
             value = self._value(hidden_states)
             out = self._run(self._apply_weights, self.carried, value)
         else:
