@@ -324,7 +324,6 @@ TENSOR_CONTEXT, PIPELINE_DATA, _ = LAYOUTS
     ("name", "layout"),
     [
         ("lsoftmax, annealed", TENSOR_CONTEXT),
-        ("lsoftmax, annealed", PIPELINE_DATA),
         ("balanced, gate, top-2", TENSOR_CONTEXT),
         ("elsayed", TENSOR_CONTEXT),
         ("elsayed", PIPELINE_DATA),
