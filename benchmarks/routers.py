@@ -48,9 +48,9 @@ MODEL: dict[str, dict[str, Any]] = {
     },
     "moe": {"num_experts": (8, 8, 16, 16)},
     "parallel": {"device": "cpu"},
-    "training": {"micro_batch_size": 16, "global_batch_size": 16},
-    "optimizer": {"lr": 4e-3, "min_lr": 2e-4, "weight_decay": 0.1},
-    "logging": {"progress": "off", "tensorboard": False},
+    "training": {"micro_batch_size": 4, "global_batch_size": 4},
+    "optimizer": {"lr": 8e-4, "min_lr": 8e-5, "weight_decay": 0.1},
+    "logging": {"progress": "off", "tensorboard": False, "log_interval": 20},
 }
 FULL = {"moe_expert_capacity_factor": 1.0}
 MARGIN = {"router": "large-margin"}
@@ -91,9 +91,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for token files, runs and the table")
     parser.add_argument("--routers", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--vocab-size", type=int, default=4000)
-    parser.add_argument("--eval-iters", type=int, default=24, help="batches of held-out text")
+    parser.add_argument("--eval-iters", type=int, default=96, help="batches of held-out text")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--speed-rounds", type=int, default=15, help="timed steps of each router; 0: none")
     return parser.parse_args(argv)
@@ -151,7 +151,7 @@ def variant_run(name: str, seed: int, steps: int, data: Path, save: Path | None,
         "train_iters": steps,
         "eval_interval": steps,
         "eval_iters": eval_iters,
-        "lr_warmup_iters": min(20, steps // 4),
+        "lr_warmup_iters": min(40, steps // 4),
         "train_data_path": _blend(data, "train"),
         "valid_data_path": _blend(data, "heldout"),
         "tokenizer_model": str(data / "tokenizer.model"),
