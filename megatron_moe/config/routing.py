@@ -25,8 +25,8 @@ class RoutingConfig:
     """large-margin: the margin. lsoftmax: an integer m from 1 (no margin) to 4, default 2; additive: a cosine, default
     0.2; elsayed: a distance, default 1."""
     router_margin_target: Literal["round_robin", "self", "balanced"] | None = None
-    """large-margin: the expert a token is pulled to: number of the token in its micro-batch modulo experts (PAI's
-    released code), the expert of its largest logit, or a balanced assignment of the micro-batch. Default:
+    """large-margin: the expert whose logit gets the margin: number of the token in its micro-batch modulo experts
+    (PAI's released code), the one of its largest logit, or that of a balanced assignment of the micro-batch. Default:
     round_robin; with elsayed self."""
     router_margin_gate: bool = False
     """large-margin: weigh the experts' outputs with the margined scores too (PAI's released code). Default: the margin

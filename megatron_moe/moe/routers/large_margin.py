@@ -111,7 +111,7 @@ class LargeMarginRouter(TopKRouter):
 
     @torch.no_grad()
     def _target(self, logits_NE: Tensor, batch: int) -> Tensor:
-        """The expert [N] that each token is pulled to."""
+        """The expert [N] whose logit gets the margin."""
         kind = self._routing.margin_target
         if kind == "self":
             return logits_NE.argmax(dim=1)
