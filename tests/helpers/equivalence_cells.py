@@ -208,6 +208,8 @@ def routers() -> list[Cell]:
         # Virtual stages hold one layer here, and these hand something on from one layer to the next.
         within = model in ("attention-weight reuse", "cross-layer attention")
         for layout, switch in ROUTER_LAYOUTS.items():
+            # A routing embedding gets its gradient from all layers, so its reduction cannot overlap: refused by name.
+            switch = ZERO1 if model == "router token-embedding" and switch is OVERLAP else switch
             found += cells("routers and parts", model, switch, [layout], model)
         found += cells("routers and parts", model, selective("moe"), ["TP2 EP2 ETP2"], model)
         others = [layout for layout in LAYOUTS if layout not in (*ROUTER_LAYOUTS, "one process", "TP2 EP2 ETP2")]
