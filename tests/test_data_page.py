@@ -1,7 +1,6 @@
 """docs/data.md and its Chinese twin: the commands run, in order, and both pages have the same ones."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.pages import assert_twins
 from tests.test_readme import ROOT, blocks, commands, unknown_flags, write_wudao
 
 ENGLISH, CHINESE = ROOT / "docs" / "data.md", ROOT / "docs" / "data.zh-CN.md"
@@ -29,16 +29,7 @@ def test_flags_of_every_command_exist() -> None:
 
 
 def test_both_pages_have_the_same_commands_tables_and_headings() -> None:
-    for language in ("sh", "bash"):
-        assert blocks(ENGLISH, language) == blocks(CHINESE, language)
-    texts = [path.read_text(encoding="utf-8") for path in (ENGLISH, CHINESE)]
-    for pattern in (r"^#+ ", r"^\|", r"^- "):
-        found = [len(re.findall(pattern, text, re.MULTILINE)) for text in texts]
-        assert found[0] == found[1], pattern
-    flags = [set(re.findall(r"--[a-z][a-z0-9-]+", text)) for text in texts]
-    assert flags[0] == flags[1]
-    numbers = [set(re.findall(r"\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+", text)) for text in texts]
-    assert numbers[0] == numbers[1]
+    assert_twins(ENGLISH, CHINESE, ("sh", "bash"))
 
 
 @pytest.mark.slow

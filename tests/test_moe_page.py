@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.pages import assert_twins
 from tests.test_readme import ROOT, blocks, commands, unknown_flags
 
 ENGLISH, CHINESE = ROOT / "docs" / "moe.md", ROOT / "docs" / "moe.zh-CN.md"
@@ -51,16 +52,7 @@ def test_every_router_has_a_section_and_a_line_in_the_table() -> None:
 
 
 def test_both_pages_have_the_same_commands_tables_and_numbers() -> None:
-    for language in ("bash", "python"):
-        assert blocks(ENGLISH, language) == blocks(CHINESE, language)
-    texts = [path.read_text(encoding="utf-8") for path in (ENGLISH, CHINESE)]
-    for pattern in (r"^#+ ", r"^\|", r"^- "):
-        found = [len(re.findall(pattern, text, re.MULTILINE)) for text in texts]
-        assert found[0] == found[1], pattern
-    flags = [set(re.findall(r"--[a-z][a-z0-9-]+", text)) for text in texts]
-    assert flags[0] == flags[1]
-    numbers = [sorted(re.findall(r"\d[\d,]*\.\d+|\d{1,3}(?:,\d{3})+", text)) for text in texts]
-    assert set(numbers[0]) == set(numbers[1])
+    assert_twins(ENGLISH, CHINESE, ("bash", "python"))
 
 
 @pytest.mark.slow
