@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "topk, RSample": {"moe_router_noise": "rsample"},
     "topk, capacity 1": FULL,
     "topk, capacity 1, random": FULL | {"moe_token_drop_policy": "random"},
+    "topk, weights x 8": {"moe_router_topk_scaling_factor": 8.0},
     "topk, 2 experts": {"moe_router_topk": 2},
     "large-margin, lsoftmax, round_robin": MARGIN,
     "large-margin, lsoftmax, self": MARGIN | {"router_margin_target": "self"},
