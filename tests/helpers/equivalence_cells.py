@@ -86,7 +86,7 @@ def cells_under_test() -> list[Cell]:
     """What `make test` runs: every switch, and of the grid the layouts that cover all pairs."""
     names = {layout.name for layout in covering_layouts()}
     chosen = [cell for cell in all_cells() if cell.group not in ("grid", "routers and parts") or cell.name in names]
-    return chosen + [cell for cell in routers() if cell.name.split(": ")[1] in ROUTER_LAYOUTS]
+    return chosen + [cell for cell in routers() if cell.name.split(": ")[1] in ROUTER_LAYOUTS_UNDER_TEST]
 
 
 ZERO1 = {"use_distributed_optimizer": True}
@@ -193,30 +193,33 @@ def default_epsilon() -> list[Cell]:
     return cells("Adam's default epsilon", "", {}, layouts, "default epsilon")
 
 
-ROUTER_LAYOUTS = {
+ROUTER_LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 EP2 ETP1": {},
     "CP2 EP2": full("uniform", 1),
     "PP2i DP2": OVERLAP,
+    "TP2 EP2 ETP2": selective("moe"),
+    "TP2 DP2": ZERO1,
+    "PP2 EP2": {},
+    "CP2 DP2": {},
+    "EP4": {},
 }
-"""What `make test` runs of every router: layouts that cut a micro-batch up in every way, each with another switch."""
+"""Layouts that cut a micro-batch up in every way, some with another switch."""
+
+ROUTER_LAYOUTS_UNDER_TEST = ("TP2 PP2 EP2 ETP1", "CP2 EP2")
+"""What `make test` runs of every router; tests beside the routers run others."""
 
 
 def routers() -> list[Cell]:
     """Every router, and the other parts that change a layer, under every kind of layout."""
     found = []
     for model in (*(f"router {name}" for name in ROUTERS), *PARTS):
-        # Virtual stages hold one layer here, and these hand something on from one layer to the next.
-        within = model in ("attention-weight reuse", "cross-layer attention")
         for layout, switch in ROUTER_LAYOUTS.items():
+            if model in ("attention-weight reuse", "cross-layer attention") and VIRTUAL in LAYOUTS[layout][1]:
+                # Virtual stages hold one layer here, and these hand something on from a layer to the next.
+                continue
             # A routing embedding gets its gradient from all layers, so its reduction cannot overlap: refused by name.
-            switch = ZERO1 if model == "router token-embedding" and switch is OVERLAP else switch
-            found += cells("routers and parts", model, switch, [layout], model)
-        found += cells("routers and parts", model, selective("moe"), ["TP2 EP2 ETP2"], model)
-        others = [layout for layout in LAYOUTS if layout not in (*ROUTER_LAYOUTS, "one process", "TP2 EP2 ETP2")]
-        found += cells("routers and parts", model, {}, others, model)
-        found = [cell for cell in found if not (within and cell.model == model and VIRTUAL in cell.flags)]
-        if within:
-            found += cells("routers and parts", model, OVERLAP, ["PP2 DP2"], model)
+            shared = model == "router token-embedding" and switch is OVERLAP
+            found += cells("routers and parts", model, ZERO1 if shared else switch, [layout], model)
     return found
 
 
