@@ -58,7 +58,7 @@ VALUES: dict[str, dict[str, tuple[str, ...]]] = {
     "--noisy-gate-policy": {
         "Jitter": ("--moe-input-jitter-eps", "0.01"),
         "RSample": ("--moe-router-noise", "rsample"),
-        "None": ("--moe-input-jitter-eps", "none"),
+        "None": ("--moe-input-jitter-eps", "none", "--moe-router-noise", "none"),
     },
 }
 """A flag and value of theirs -> flags of ours. Other values of a flag that is also ours pass unchanged."""

@@ -1,8 +1,8 @@
 """The registry of routers: what `--router` may be, and which class stands for it. Names only; nothing is imported.
 
-To add a router: one file in `moe/routers/` with one class (a subclass of `routers/base.py:Router`, or of `topk.py:
-TopKRouter` to keep its gate and losses), one line here, and, if it has flags of its own, its fields and `MEANINGLESS`
-entry in `config/routing.py`. docs/moe.md shows it step by step.
+To add a router: one file in `moe/routers/` with one class (a subclass of `routers/base.py:CountingRouter`, or of
+`topk.py:TopKRouter` to keep its gate and losses), one line here, and, if it has flags of its own, its fields and
+`MEANINGLESS` entry in `config/routing.py`. docs/moe.md shows it step by step.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -29,6 +29,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     check_routing(run.moe, run.routing)
     check_domains(run.moe, run.routing, run.model.num_domains, experts_per_layer)
     _check_use_of_domains(run)
+    _check_map(run)
     _check_experts(run, experts_per_layer)
     _check_backends(run)
     _check_routing_embedding(run)
@@ -194,6 +195,13 @@ def _check_use_of_domains(run: RunConfig) -> None:
     model = run.model
     if model.num_domains is not None and not model.domain_embedding and run.moe.router != "random-routed":
         raise ConfigError(f"--num-domains {model.num_domains}: needs --router random-routed or --domain-embedding")
+
+
+def _check_map(run: RunConfig) -> None:
+    """A map is drawn where a run starts; one that goes on has it in the checkpoint."""
+    routing = run.routing
+    if routing.router_map == "balanced" and routing.router_token_counts is None and run.checkpoint.load is None:
+        raise ConfigError("--router-map balanced: needs --router-token-counts (tools/preprocess_data.py counts)")
 
 
 def _check_routing_embedding(run: RunConfig) -> None:

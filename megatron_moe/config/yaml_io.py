@@ -33,6 +33,8 @@ _LARGEST_FILE = 8 * 1024 * 1024
 _DEEPEST = 8
 _LONGEST_NUMBER = 100
 _SHOWN = 80
+# Sections that runs of earlier versions did not save; a file cut short before one of them lacks later ones as well.
+_NEWER_SECTIONS = ("routing",)
 _KINDS = {"int": "integer", "str": "text", "float": "number"}
 
 
@@ -46,14 +48,15 @@ def load_run(path: str | Path) -> RunConfig:
 
 
 def load_saved_run(path: str | Path) -> RunConfig:
-    """The run whose config file a checkpoint holds; it has every section, though perhaps not the newest flags.
+    """The run whose config file a checkpoint holds; it has every section, though perhaps not the newest and not the
+    newest flags.
 
     Raises:
         ConfigError: as `load_run`, or the file was cut short.
     """
     values = load_values(path, run_sections(RunConfig))
     for name in run_sections(RunConfig):
-        if name not in values:
+        if name not in values and name not in _NEWER_SECTIONS:
             raise ConfigError(f"{path}: lacks the section {name}; it was cut short, restore it or load another step")
     return build_run(values)
 

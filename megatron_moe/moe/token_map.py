@@ -40,6 +40,9 @@ def read_counts(file: str, vocab_size: int, domains: int | None) -> Tensor:
         raise UserError(f"{flag}: no such file; {cure}") from error
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{flag}: no array of numbers ({str(error).splitlines()[0]}); {cure}") from error
+    except MemoryError as error:
+        # numpy makes room for what a header announces before it looks for it.
+        raise UserError(f"{flag}: announces more numbers than there is memory; {cure}") from error
     if not isinstance(counts, np.ndarray) or not np.issubdtype(counts.dtype, np.integer) or counts.ndim not in (1, 2):
         raise UserError(f"{flag}: must hold one integer for each token id, or for each domain and token id; {cure}")
     if not 0 < counts.shape[-1] <= vocab_size or bool((counts < 0).any()) or not counts.any():

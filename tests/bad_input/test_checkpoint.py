@@ -185,7 +185,7 @@ CASES = [
     Case(
         "cut config.yaml",
         "",
-        "{run}/iter_0000002/config.yaml: lacks the section training; it was cut short, restore it or load another step",
+        "{run}/iter_0000002/config.yaml: lacks the section parallel; it was cut short, restore it or load another step",
         cut_flags,
         base=RESUME,
     ),

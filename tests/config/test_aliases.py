@@ -1,6 +1,7 @@
 """Spellings of PAI/EasyNLP, DeepSpeed and older Megatron-LM."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,13 @@ def _run(words: str) -> RunConfig:
 )
 def test_aliases(theirs: str, ours: str) -> None:
     assert _run(theirs) == _run(ours)
+
+
+def test_no_noisy_gate_switches_off_both_kinds_of_noise(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {num_experts: [4], moe_router_noise: rsample, moe_input_jitter_eps: 0.1}")
+    moe = _run(f"--config {path} --noisy-gate-policy None").moe
+    assert (moe.moe_router_noise, moe.moe_input_jitter_eps) == ("none", None)
 
 
 def test_the_zeroclue_script() -> None:

@@ -20,6 +20,7 @@ from megatron_moe.config.yaml_io import (
     dump_run,
     dump_sections,
     load_run,
+    load_saved_run,
     load_values,
     parse_values,
     save_run,
@@ -131,6 +132,17 @@ def test_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
     assert load_run(tmp_path / "config.yaml") == run
     again, _ = parse_run(["--config", str(tmp_path / "config.yaml")], prog="pretrain", description="")
     assert again == run
+
+
+def test_a_run_saved_before_there_were_routing_flags_comes_back(tmp_path: Path) -> None:
+    run = RunConfig(moe=MoEConfig(num_experts=(4,)))
+    text = dump_run(run)
+    start, end = text.index("\nrouting:\n") + 1, text.index("\nparallel:\n") + 1
+    (tmp_path / "config.yaml").write_text(text[:start] + text[end:])
+    assert load_saved_run(tmp_path / "config.yaml") == run
+    (tmp_path / "config.yaml").write_text(text[:start])
+    with pytest.raises(ConfigError, match="lacks the section parallel; it was cut short"):
+        load_saved_run(tmp_path / "config.yaml")
 
 
 def test_a_run_over_thousands_of_files_comes_back(tmp_path: Path) -> None:

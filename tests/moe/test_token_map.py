@@ -94,5 +94,9 @@ def test_counts_are_read_and_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"--router-token-counts .*{problem}"):
             read_counts(file, 2, None)
+    with (tmp_path / "long.npy").open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    with pytest.raises(UserError, match="announces more numbers than there is memory"):
+        read_counts(str(tmp_path / "long.npy"), 2, None)
     with pytest.raises(UserError, match="holds 2 domains; --num-domains is 1"):
         read_counts(written([[3, 1, 0], [0, 2, 2]]), 4, 1)

@@ -169,5 +169,8 @@ def test_what_it_cannot_do_is_refused(tiny_data: Path) -> None:
     with pytest.raises(ConfigError, match="--router-token-counts counts: needs --router-map balanced"):
         tiny_run(router="hash", router_token_counts="counts")
     run = tiny_run(router="hash", router_map="balanced", vocab_size=100)
+    with pytest.raises(ConfigError, match="--router-map balanced: needs --router-token-counts"):
+        validate(run, 1)
+    validate(tiny_run(router="hash", router_map="balanced", vocab_size=100, load="runs/hash"), 1)
     with pytest.raises(RankFailure, match="--router-map balanced: needs --router-token-counts"):
         run_ranks(1, maps_of, dataclasses.replace(run))
