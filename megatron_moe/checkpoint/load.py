@@ -30,6 +30,9 @@ FREE_MODEL_FLAGS = frozenset(
         "hidden_dropout",
         "init_method_std",
         "attention_backend",
+        # Of training only.
+        "attention_weight_reuse_prob",
+        "attention_weight_reuse_span",
     }
 )
 # Flags with a default that depends on others: what they come to is compared.

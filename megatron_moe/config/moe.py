@@ -82,8 +82,8 @@ class MoEConfig:
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's input to its capacity (needs --moe-expert-capacity-factor)."""
     moe_min_capacity: int = 0
-    """An expert accepts at least this many tokens of a rank's part of a micro-batch, whatever the capacity factor
-    says."""
+    """An expert accepts at least this many tokens, whatever the capacity factor says: of the rank, or, with
+    recycle and expert-choice, of the whole micro-batch."""
     moe_token_drop_policy: Literal["probs", "position", "random"] = "probs"
     """Which tokens an over-full expert drops: the least probable, the last, or any (random token selection)."""
     moe_shared_expert_intermediate_size: int | None = None
@@ -149,6 +149,9 @@ class MoEConfig:
             raise ConfigError("--moe-pad-expert-input-to-capacity: needs --moe-expert-capacity-factor")
         self._check_capacity()
         self._check_padding()
+        rate = self.moe_router_bias_update_rate
+        if rate != type(self).moe_router_bias_update_rate and not self.moe_router_enable_expert_bias:
+            raise ConfigError(f"--moe-router-bias-update-rate {rate}: needs --moe-router-enable-expert-bias")
         if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
             raise ConfigError("--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid")
         self._check_router_scores()

@@ -193,7 +193,9 @@ class DomainsWriter:
 def _read_names(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     content = json.loads(path.read_bytes())
     names, counts = tuple(content["names"]), tuple(content["documents"])
-    if not all(isinstance(name, str) for name in names) or not all(type(count) is int for count in counts):
+    if not all(isinstance(name, str) and name.isprintable() for name in names) or not all(
+        type(count) is int for count in counts
+    ):
         raise ValueError(f"{path.name} does not hold names and counts")
     if len(names) != len(counts) or not 1 <= len(names) <= MOST_DOMAINS:
         raise ValueError(f"{path.name} holds {len(names)} names and {len(counts)} counts")

@@ -45,7 +45,11 @@ def read_counts(file: str, vocab_size: int, domains: int | None) -> Tensor:
         raise UserError(f"{flag}: announces more numbers than there is memory; {cure}") from error
     if not isinstance(counts, np.ndarray) or not np.issubdtype(counts.dtype, np.integer) or counts.ndim not in (1, 2):
         raise UserError(f"{flag}: must hold one integer for each token id, or for each domain and token id; {cure}")
-    if not 0 < counts.shape[-1] <= vocab_size or bool((counts < 0).any()) or not counts.any():
+    if bool((counts < 0).any()) or bool((counts > np.iinfo(np.int64).max // max(1, counts.size)).any()):
+        raise UserError(f"{flag}: holds numbers that are no counts; {cure}")
+    if not counts.any():
+        raise UserError(f"{flag}: says that no token id occurs; {cure}, from the text that is trained on")
+    if not 0 < counts.shape[-1] <= vocab_size:
         raise UserError(
             f"{flag}: holds counts of {counts.shape[-1]} token ids, the vocabulary has {vocab_size}; {cure} and the "
             "run's tokenizer"

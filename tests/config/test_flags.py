@@ -107,6 +107,10 @@ def test_launch_options() -> None:
         ("--loss-scale 8", "--loss-scale 8.0: needs --fp16"),
         ("--recompute-num-layers 1", "--recompute-num-layers 1: needs --recompute-granularity full"),
         (
+            "--num-experts 4 --moe-router-bias-update-rate 0.1",
+            "--moe-router-bias-update-rate 0.1: needs --moe-router-enable-expert-bias",
+        ),
+        (
             "--num-experts 4 --no-moe-router-pre-softmax",
             "--no-moe-router-pre-softmax: needs --moe-router-topk of at least 2; with one expert the weight "
             "would always be 1",

@@ -90,7 +90,9 @@ def test_counts_are_read_and_checked(tmp_path: Path) -> None:
         (str(tmp_path / "text.npy"), "no array of numbers"),
         (written([0.5]), "must hold one integer for each token id"),
         (written([1, 2, 3]), "holds counts of 3 token ids, the vocabulary has 2"),
-        (written([1, -2]), "holds counts of 2 token ids"),
+        (written([1, -2]), "holds numbers that are no counts"),
+        (written([0, 0]), "says that no token id occurs"),
+        (written(np.array([1, 1 << 63], np.uint64)), "holds numbers that are no counts"),
     ):
         with pytest.raises(UserError, match=f"--router-token-counts .*{problem}"):
             read_counts(file, 2, None)
