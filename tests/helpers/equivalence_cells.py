@@ -246,6 +246,11 @@ REFUSED_SWITCHES: dict[str, dict[str, Any]] = {
     "gathers that overlap without ZeRO-1": {"overlap_param_gather": True, "overlap_grad_reduce": True},
     "ZeRO-1 with SGD": {**ZERO1, "optimizer": "sgd"},
     "unfused attention under context parallelism": {"attention_backend": "unfused", CONTEXT: 2},
+    "a shared routing embedding with overlapped reduction": {"router": "token-embedding", **OVERLAP},
+    "attention weights reused across pipeline stages": {"attention_weight_reuse_prob": 0.5, PIPELINE: 2},
+    "keys and values shared across pipeline stages": {"cla_share_factor": 4, PIPELINE: 2},
+    "recycling without a capacity": {"router": "recycle"},
+    "a gate's flag with a router that has none": {"router": "hash", "moe_z_loss_coeff": 1e-3},
 }
 """Switches that the configuration does not allow on a CPU, each with an error."""
 
