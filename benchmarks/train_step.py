@@ -182,7 +182,13 @@ def random_batch(run: RunConfig) -> dict[str, Any]:
     shape = (run.training.micro_batch_size, run.model.seq_length)
     tokens = torch.randint(0, run.model.padded_vocab_size, shape)
     positions = torch.arange(shape[1]).expand(shape).contiguous()
-    return {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(shape), "position_ids": positions}
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": torch.ones(shape),
+        "position_ids": positions,
+        "samples": torch.arange(shape[0]),
+    }
 
 
 def _serve(name: str, flags: argparse.Namespace, commands: Connection) -> None:
