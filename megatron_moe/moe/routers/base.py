@@ -8,7 +8,7 @@ Shape legend: S = sequence on this rank, B = batch, N = S * B tokens, E = expert
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -36,10 +36,12 @@ class CountingRouter(MegatronModule):
 
     Attributes:
         step: of the run, counted from 0; `begin_step` sets it.
+        fp32_buffers: names of what a half type is too coarse for: counters go past 256.
         inputs: of the tokens at hand; the layer sets them before it calls the router.
     """
 
     step: int = 0
+    fp32_buffers: tuple[str, ...] = ("load_counters",)
     inputs: RoutingInputs | None = None
     layer_number: int | None
     config: Any
@@ -81,8 +83,12 @@ class CountingRouter(MegatronModule):
         self.load_counters.zero_()
         return counters
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "CountingRouter":
-        """Keep the counters in fp32 when the module is converted to a half type: they count past 256."""
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Keep `fp32_buffers` as they are, unrounded, when the module is converted to a half type."""
+        before = {name: getattr(self, name) for name in self.fp32_buffers}
         super()._apply(fn, recurse)
-        self.load_counters = self.load_counters.to(torch.float32)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(after.device))
         return self

@@ -14,9 +14,6 @@ Shape legend: S = sequence on this rank, B = batch, N = S * B tokens of this ran
 experts of this layer, C = tokens that an expert takes.
 """
 
-from collections.abc import Callable
-from typing import Any, Self
-
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -39,6 +36,8 @@ class ExpertChoiceRouter(TopKRouter):
             it is their plain mean, so that it does not lean towards where it began.
     """
 
+    # A hundredth of a change must count.
+    fp32_buffers = (*TopKRouter.fp32_buffers, "cutoffs", "cutoff_sums")
     cutoffs: Tensor
     cutoff_steps: Tensor
     cutoff_sums: Tensor
@@ -105,13 +104,3 @@ class ExpertChoiceRouter(TopKRouter):
         self.cutoff_steps += 1
         rate = max(1.0 - self.config.routing.router_cutoff_decay, 1.0 / int(self.cutoff_steps))
         self.cutoffs += rate * (sums[:-1] / sums[-1] - self.cutoffs)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Keep the cutoffs in fp32 when the module is converted to a half type: a hundredth of a change must count."""
-        before = {name: getattr(self, name) for name in ("cutoffs", "cutoff_sums")}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if after.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(after.device))
-        return self

@@ -13,9 +13,6 @@ reproduced here:
 Shape legend: S = sequence on this rank, B = batch, N = S * B tokens, E = experts of this layer, H = hidden size.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -41,6 +38,7 @@ class LargeMarginRouter(TopKRouter):
     With --router-margin-scale the logits are cosines times that scale, in evaluation too.
     """
 
+    fp32_buffers = (*TopKRouter.fp32_buffers, "margin_beta")
     margin_beta: Tensor
     """[1], fp32, in the checkpoint."""
 
@@ -139,11 +137,3 @@ class LargeMarginRouter(TopKRouter):
             "margin_loss", loss_N.mean(), self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group
         )
         return MoEAuxLossAutoScaler.apply(logits_NE, coefficient * loss_N.sum())
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LargeMarginRouter":
-        """Keep beta in fp32, and unrounded, when the module is converted to a half type."""
-        beta = self.margin_beta
-        super()._apply(fn, recurse)
-        if self.margin_beta.dtype != beta.dtype:
-            self.margin_beta = beta.to(self.margin_beta.device)
-        return self
