@@ -102,7 +102,7 @@ REFUSED: dict[str, str] = {
     "--moe-eval-capacity-factor": "remove it; generation and scoring drop no tokens",
     "--create-moe-param-group": _ALWAYS,
     "--use-tutel": "remove it; megatron-core's dispatcher is used (--moe-token-dispatcher-type)",
-    "--moe-grouped-gemm": "remove it; python -m megatron_moe.doctor says what computes the experts",
+    "--moe-grouped-gemm": "remove it; grouped matrix products are the default (--moe-expert-backend)",
     "--router-type": "its numbers are not documented; use --router and --moe-router-load-balancing-type",
     # model
     "--group-query-attention": "remove it; --num-query-groups says it",

@@ -90,8 +90,16 @@ class MoEConfig:
     """Width of an expert that every token passes through, beside the routed ones."""
     moe_shared_expert_gate: bool = False
     """Sigmoid gate on the shared expert."""
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
-    """How tokens travel to their experts' ranks (`flex`: DeepEP, CUDA only)."""
+    moe_expert_backend: Literal["auto", "grouped", "sequential", "te"] = "auto"
+    """What computes the experts: `grouped` matrix products over stacked weights (torch), one expert after the other
+    (`sequential`, the reference), or Transformer Engine's (`te`). `auto`: te with --transformer-impl
+    transformer_engine, otherwise grouped. Checkpoints are the same."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "grouped"] = "alltoall"
+    """How tokens travel to their experts' ranks: `grouped` sends a token once to each node and then once to each
+    rank inside of it (docs/dispatch.md); `flex`: DeepEP, CUDA only."""
+    moe_domain_grouped: bool = False
+    """Keep the tokens of a domain on the ranks that hold its experts: sequences go to those ranks by their domain,
+    and no exchange leaves them (--router random-routed and --moe-token-dispatcher-type grouped)."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -286,7 +294,7 @@ class MoEConfig:
 
 
 def check_expert_parallel(experts_per_layer: Sequence[int], expert_parallel_size: int) -> None:
-    """Every MoE layer's count must be a multiple of the expert-parallel size.
+    """Every MoE layer's count must be a multiple of the expert-parallel size, or a divisor (`expert_degree`).
 
     Args:
         experts_per_layer: experts of every layer in order, 0 for a dense one.
@@ -297,11 +305,23 @@ def check_expert_parallel(experts_per_layer: Sequence[int], expert_parallel_size
     """
     if expert_parallel_size > 1 and not any(experts_per_layer):
         raise ConfigError(f"--expert-model-parallel-size {expert_parallel_size}: needs --num-experts")
-    wrong = [count for count in experts_per_layer if count % expert_parallel_size]
+    wrong = [count for count in experts_per_layer if count and expert_degree(count, expert_parallel_size) is None]
     if wrong:
         layers = [str(number) for number, count in enumerate(experts_per_layer, 1) if count == wrong[0]]
         have = f"layers {', '.join(layers)} have" if len(layers) > 1 else f"layer {layers[0]} has"
         raise ConfigError(
-            f"--expert-model-parallel-size {expert_parallel_size}: must divide the number of experts of "
-            f"every layer; {have} {wrong[0]}"
+            f"--expert-model-parallel-size {expert_parallel_size}: must be a divisor or a multiple of the number of "
+            f"experts of every layer; {have} {wrong[0]}"
         )
+
+
+def expert_degree(experts: int, expert_parallel_size: int) -> int | None:
+    """Ranks over which the experts of one layer are spread: all of the expert-parallel size, or, in a layer with fewer
+    experts than that, one rank for each expert. None: it does not work out.
+
+    The other ranks hold copies of the same experts, and work on other tokens (DeepSpeed's multi-expert and multi-data
+    parallelism, https://arxiv.org/abs/2201.05596, section 5.2).
+    """
+    if experts % expert_parallel_size == 0:
+        return expert_parallel_size
+    return experts if expert_parallel_size % experts == 0 else None

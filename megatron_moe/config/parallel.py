@@ -34,6 +34,9 @@ class ParallelConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the forward pass runs (needs --use-distributed-optimizer)."""
+    ranks_per_node: int | None = None
+    """Processes of one node, for --moe-token-dispatcher-type grouped. Default: as the launcher says
+    (LOCAL_WORLD_SIZE); a smaller one imitates several nodes on one machine."""
     distributed_timeout_minutes: int = 10
     """After this long without an answer from another rank a collective fails instead of hanging."""
 
@@ -46,6 +49,7 @@ class ParallelConfig:
             "context_parallel_size",
             "expert_model_parallel_size",
             "expert_tensor_parallel_size",
+            "ranks_per_node",
             "distributed_timeout_minutes",
         )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:

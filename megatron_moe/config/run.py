@@ -100,3 +100,10 @@ class RunConfig:
     def expert_ffn_size(self) -> int:
         """Width of a routed expert after the default is applied."""
         return self.moe.moe_ffn_hidden_size or self.model.ffn_size
+
+    @property
+    def expert_backend(self) -> str:
+        """`grouped`, `sequential` or `te`: --moe-expert-backend after the default is applied."""
+        if self.moe.moe_expert_backend != "auto":
+            return self.moe.moe_expert_backend
+        return "te" if self.model.transformer_impl == "transformer_engine" else "grouped"

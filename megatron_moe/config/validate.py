@@ -166,7 +166,7 @@ def _check_backends(run: RunConfig) -> None:
             f"--attention-backend unfused: must be sdpa with --context-parallel-size {parallel.context_parallel_size}"
         )
     if run.model.transformer_impl == "transformer_engine" and parallel.expert_tensor_size > 1:
-        # transformer_config.py: "Bias in Moe is only supported when ETP==1"; moe/experts.py lifts it for local experts.
+        # transformer_config.py: "Bias in Moe is only supported when ETP==1"; moe/experts/sequential.py lifts it for local experts.
         require(
             run.moe.num_experts is None or run.model.disable_bias_linear,
             "expert_tensor_parallel_size",

@@ -14,7 +14,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -38,7 +37,7 @@ from megatron_moe.model.norms import build_norm
 from megatron_moe.model.transformer_config import PyramidTransformerConfig
 from megatron_moe.model.weight_reuse import ReusingAttention, ReusingLayer
 from megatron_moe.moe.expert_residual import ExpertResidualSubmodules
-from megatron_moe.moe.experts import sequential_experts
+from megatron_moe.moe.experts import expert_builder
 from megatron_moe.moe.layer import PyramidMoELayer, PyramidMoESubmodules
 from megatron_moe.moe.routers import router_class
 
@@ -56,10 +55,6 @@ class LocalBackend(LocalSpecProvider):
     def core_attention(self) -> type:
         """The chosen core attention."""
         return self._core_attention
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
-        """A loop over experts."""
-        return sequential_experts()
 
 
 def get_backend(config: PyramidTransformerConfig, attention_backend: str) -> BackendSpecProvider:
@@ -165,7 +160,7 @@ def moe_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider) -> 
     return partial(
         PyramidMoELayer,
         submodules=PyramidMoESubmodules(
-            experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
+            experts=expert_builder(config.expert_backend),
             shared_experts=partial(SharedExpertMLP, submodules=mlp),
             router=router_class(config.router_type),
             residual=mlp,

@@ -37,6 +37,10 @@ class PyramidTransformerConfig(TransformerConfig):
     """Flags of single routers."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Flags of the experts that upstream's config has no field for."""
+    expert_backend: str = "grouped"
+    """`grouped`, `sequential` or `te`."""
+    ranks_per_node: int | None = None
+    """Processes of a node; None: as the launcher says."""
     seed: int = 0
     """Of the run, for random numbers that belong to tokens (`moe/token_random.py`)."""
     vocab_rows: int = 0
@@ -55,7 +59,7 @@ class PyramidTransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         # Upstream refuses biases in experts under expert tensor parallelism, because it would count them once per
-        # rank (transformer_config.py: "Bias in Moe is only supported when ETP==1"); moe/experts.py counts them once.
+        # rank (transformer_config.py: "Bias in Moe is only supported when ETP==1"); moe/experts counts them once.
         bias = vars(self)["add_bias_linear"]
         self.add_bias_linear = bias and vars(self)["transformer_impl"] != "local"
         super().__post_init__()
@@ -132,6 +136,8 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         experts_per_layer=layout.experts_per_layer,
         routing=run.routing,
         moe=run.moe,
+        expert_backend=run.expert_backend,
+        ranks_per_node=run.parallel.ranks_per_node,
         seed=training.seed,
         vocab_rows=model.padded_vocab_size if model.vocab_size else 0,
         attention_weight_reuse_prob=1.0 if inference else model.attention_weight_reuse_prob,
@@ -196,7 +202,8 @@ def _experts(run: RunConfig, inference: bool) -> dict[str, Any]:
         "moe_token_drop_policy": moe.moe_token_drop_policy,
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         "moe_shared_expert_gate": moe.moe_shared_expert_gate,
-        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
-        # Transformer Engine's experts are grouped; the local ones are a loop.
-        "moe_grouped_gemm": run.model.transformer_impl == "transformer_engine",
+        # Upstream knows no `grouped`: the layer puts it in place of the one that upstream builds (moe/layer.py).
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type.replace("grouped", "alltoall"),
+        # Upstream's word for Transformer Engine's experts.
+        "moe_grouped_gemm": run.expert_backend == "te",
     }

@@ -88,7 +88,7 @@ def bias_on_every_rank(trainer: Any) -> None:
     """Upstream under expert tensor parallelism: an expert's output bias is added once per rank."""
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
-    from megatron_moe.moe.experts import ExpertRowParallelLinear
+    from megatron_moe.moe.experts.sequential import ExpertRowParallelLinear
 
     ExpertRowParallelLinear.forward = RowParallelLinear.forward  # type: ignore[method-assign]
 
