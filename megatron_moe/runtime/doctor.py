@@ -268,8 +268,12 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
         Backend("core attention", f"scaled_dot_product_attention ({plain})", f"with attention dropout: {dropout}"),
         Backend("norms", "torch LayerNorm / RMSNorm", "works with sequence parallelism, needs no Apex"),
         Backend("linear layers", "megatron-core Column/RowParallelLinear", engine),
-        Backend("experts", "megatron-core SequentialMLP (a loop)", engine),
-        Backend("dispatcher", f"alltoall over {collective}", f"flex needs a GPU and DeepEP, which is {deep_ep}"),
+        Backend("experts", "grouped matrix products over stacked weights (torch grouped_mm)", engine),
+        Backend(
+            "dispatcher",
+            f"alltoall over {collective}",
+            f"over several nodes --moe-token-dispatcher-type grouped; flex needs a GPU and DeepEP, which is {deep_ep}",
+        ),
         Backend(
             "optimizer",
             "torch AdamW, fused kernel" if plain_torch else f"{Adam.__module__.split('.')[0]} {Adam.__name__}",
