@@ -41,6 +41,8 @@ class PyramidTransformerConfig(TransformerConfig):
     """`grouped`, `sequential` or `te`."""
     ranks_per_node: int | None = None
     """Processes of a node; None: as the launcher says."""
+    distributed_timeout_minutes: int = 10
+    """Of process groups that layers make for themselves (`moe/expert_parallel.py`)."""
     seed: int = 0
     """Of the run, for random numbers that belong to tokens (`moe/token_random.py`)."""
     vocab_rows: int = 0
@@ -138,6 +140,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         moe=run.moe,
         expert_backend=run.expert_backend,
         ranks_per_node=run.parallel.ranks_per_node,
+        distributed_timeout_minutes=run.parallel.distributed_timeout_minutes,
         seed=training.seed,
         vocab_rows=model.padded_vocab_size if model.vocab_size else 0,
         attention_weight_reuse_prob=1.0 if inference else model.attention_weight_reuse_prob,

@@ -13,9 +13,10 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
-from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.expert_parallel import layer_groups, mark_copies
 from megatron_moe.moe.expert_residual import ExpertResidual, ExpertResidualSubmodules
 from megatron_moe.moe.inputs import unpack_inputs
 from megatron_moe.moe.residual import ResidualMlp
@@ -33,6 +34,9 @@ class PyramidMoELayer(MoELayer):
     """Routed experts and, if the config asks for it, a residual MLP combined with them.
 
     `config` is the layer's own (`PyramidTransformerConfig.get_config_for_layer`): `num_moe_experts` is this layer's.
+
+    Attributes:
+        copies: ranks that hold copies of the same experts, or None (`moe/expert_parallel.py`).
     """
 
     def __init__(
@@ -44,21 +48,17 @@ class PyramidMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        if config.num_moe_experts % config.expert_model_parallel_size:
-            raise ConfigError(
-                f"--num-experts {config.num_moe_experts}: must be a multiple of --expert-model-parallel-size "
-                f"{config.expert_model_parallel_size}"
-            )
+        pg_collection, copies = layer_groups(config, pg_collection or get_default_pg_collection())
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.copies = copies
+        mark_copies(self.experts, copies)
         self.residual: ResidualMlp | None = None
         if config.residual_mlp:
             assert submodules.residual is not None
-            assert pg_collection is not None
             self.residual = ResidualMlp(config, submodules.residual, pg_collection)
         self.expert_residual: ExpertResidual | None = None
         if config.moe.use_expert_residual_network:
             assert submodules.expert_residual is not None
-            assert pg_collection is not None
             self.expert_residual = ExpertResidual(config, submodules.expert_residual, pg_collection)
         self._weights_NE: Tensor | None = None
         # Done here, with the routing inputs as an argument of their own: upstream's would take them for a mask.

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     get_megatron_optimizer,
@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.transformer_config import DTYPES
 from megatron_moe.training.batches import BatchSchedule
+from megatron_moe.training.expert_copies import gradient_finalizer
 from megatron_moe.training.expert_groups import FactoredScheduler, expert_groups
 
 
@@ -71,7 +72,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
     _refuse_nonfinite_gradients(optimizer)
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = gradient_finalizer(model, optimizer)
     if run.parallel.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
         if run.parallel.overlap_param_gather:
