@@ -320,7 +320,7 @@ def expert_degree(experts: int, expert_parallel_size: int) -> int | None:
     experts than that, one rank for each expert. None: it does not work out.
 
     The other ranks hold copies of the same experts, and work on other tokens (DeepSpeed's multi-expert and multi-data
-    parallelism, https://arxiv.org/abs/2201.05596, section 5.2).
+    parallelism, https://arxiv.org/abs/2201.05596).
     """
     if experts % expert_parallel_size == 0:
         return expert_parallel_size

@@ -22,7 +22,8 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: int = 1
-    """Ranks over which the experts of a layer are spread."""
+    """Ranks over which the experts of a layer are spread. A layer with fewer experts has one on each rank and every
+    expert several times over; its experts must divide this size."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert's matrices. Default: --tensor-model-parallel-size."""
     sequence_parallel: bool = False

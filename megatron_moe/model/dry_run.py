@@ -135,7 +135,11 @@ def _layout(run: RunConfig, world_size: int) -> list[str]:
     }
     on = [name for name, value in switches.items() if value]
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    return [f"{_plural(world_size, 'process', 'processes')}: {layout}", *([", ".join(on)] if on else [])]
+    lines = [f"{_plural(world_size, 'process', 'processes')}: {layout}", *([", ".join(on)] if on else [])]
+    size = parallel.expert_model_parallel_size
+    if size > 1:
+        lines.append(f"on each rank of layer {expert_layout(run).describe_spread(size)}")
+    return lines
 
 
 def _memory(run: RunConfig, world_size: int) -> list[str]:

@@ -322,7 +322,8 @@ def _dense_size(run: RunConfig, stage: int, layers: Iterable[int], layout: Exper
 
 def _experts_on_rank(run: RunConfig, layers: Iterable[int], layout: ExpertLayout) -> int:
     """Parameters of the routed experts that one rank of a stage holds."""
-    local = sum(layout.experts_in(number) for number in layers) // run.parallel.expert_model_parallel_size
+    size = run.parallel.expert_model_parallel_size
+    local = sum(layout.experts_in(n) // layout.degree(n, size) for n in layers if layout.experts_in(n))
     return local * expert_size(run).on_rank(run.parallel.expert_tensor_size)
 
 

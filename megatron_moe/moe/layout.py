@@ -6,9 +6,10 @@ torch here.
 
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from operator import itemgetter
 
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig, check_expert_parallel
+from megatron_moe.config.moe import MoEConfig, check_expert_parallel, expert_degree
 from megatron_moe.config.run import RunConfig
 
 
@@ -56,16 +57,37 @@ class ExpertLayout:
         return self.experts_per_layer[layer_number - 1]
 
     def check_expert_parallel(self, expert_parallel_size: int) -> None:
-        """Raise `ConfigError`, naming the layers, unless the size divides the count of every MoE layer."""
+        """Raise `ConfigError`, naming the layers, unless the size fits the count of every MoE layer."""
         check_expert_parallel(self.experts_per_layer, expert_parallel_size)
+
+    def degree(self, layer_number: int, expert_parallel_size: int) -> int:
+        """Ranks over which the experts of a MoE layer are spread; the others hold copies."""
+        degree = expert_degree(self.experts_in(layer_number), expert_parallel_size)
+        assert degree is not None, "check_expert_parallel comes first"
+        return degree
+
+    def has_copies(self, expert_parallel_size: int) -> bool:
+        """Whether a layer has fewer experts than there are expert-parallel ranks."""
+        return any(count < expert_parallel_size for count in self.counts)
+
+    def describe_spread(self, expert_parallel_size: int) -> str:
+        """Experts of every rank in short: `2: 1 of 2 experts, in 2 copies; 4,6: 2 of 8 experts`."""
+        shares = {}
+        for number in self.moe_layers:
+            count, degree = self.experts_in(number), self.degree(number, expert_parallel_size)
+            copies = expert_parallel_size // degree
+            shares[number] = f"{count // degree} of {count} experts" + (f", in {copies} copies" if copies > 1 else "")
+        return self._by_layers(shares)
 
     def describe(self) -> str:
         """The MoE layers and their experts in short: `2,4,...,20: 32 experts; 22,24: 64 experts`, or
         `dense`."""
-        pairs = [(number, self.experts_in(number)) for number in self.moe_layers]
+        return self._by_layers({number: f"{self.experts_in(number)} experts" for number in self.moe_layers})
+
+    def _by_layers(self, words: dict[int, str]) -> str:
         groups = [
-            f"{_short_list([number for number, _ in group])}: {count} experts"
-            for count, group in ((count, list(group)) for count, group in groupby(pairs, key=lambda pair: pair[1]))
+            f"{_short_list([number for number, _ in group])}: {said}"
+            for said, group in ((said, list(group)) for said, group in groupby(words.items(), key=itemgetter(1)))
         ]
         return "; ".join(groups) or "dense"
 

@@ -24,6 +24,8 @@ def _validate(words: str, world_size: int) -> None:
         (BASE, 7),
         (BASE + TP2 + PP2, 4),
         (MOE + "--expert-model-parallel-size 4", 4),
+        (MOE + "--expert-model-parallel-size 8", 8),
+        (BASE + "--num-experts 1 2 4 12 --expert-interval 2 --expert-model-parallel-size 4", 4),
         (MOE + TP2 + PP2 + "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1", 4),
         (MOE + TP2 + "--context-parallel-size 2 --expert-model-parallel-size 2", 4),
         (BASE + PP2 + "--num-layers-per-virtual-pipeline-stage 2 --global-batch-size 4", 2),
@@ -128,9 +130,16 @@ def test_legal_runs(words: str, world_size: int) -> None:
         ),
         # experts
         (
-            MOE + "--expert-model-parallel-size 8",
-            8,
-            "--expert-model-parallel-size 8: must divide the number of experts of every layer; layers 2, 4, 6 have 4",
+            MOE + "--expert-model-parallel-size 6",
+            6,
+            "--expert-model-parallel-size 6: must be a divisor or a multiple of the number of experts of every layer; "
+            "layers 2, 4, 6 have 4",
+        ),
+        (
+            BASE + "--num-experts 4 4 6 8 --expert-interval 2 --expert-model-parallel-size 4",
+            4,
+            "--expert-model-parallel-size 4: must be a divisor or a multiple of the number of experts of every layer; "
+            "layer 6 has 6",
         ),
         (
             BASE + "--expert-model-parallel-size 2",

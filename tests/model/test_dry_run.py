@@ -32,6 +32,11 @@ def test_pai_16b() -> None:
         assert expected in text
 
 
+def test_experts_of_a_rank_and_their_copies() -> None:
+    text = _report("--recipe pai-gpt-moe-16b --expert-model-parallel-size 64 --tensor-model-parallel-size 1", 64)
+    assert "on each rank of layer 2,4,...,20: 1 of 32 experts, in 2 copies; 22,24: 1 of 64 experts" in text
+
+
 def test_expert_residual_network_is_named() -> None:
     text = _report("--recipe tiny-cpu --vocab-size 100 --use-expert-residual-network --expert-residual-layers 3", 1)
     assert "expert residual network of 3 blocks after the experts" in text

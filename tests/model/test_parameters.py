@@ -191,6 +191,17 @@ def test_expert_parallel_ranks_share_the_experts() -> None:
     assert stage.parameters == counts.total - counts.experts + counts.experts // 4
 
 
+def test_layer_with_fewer_experts_than_ranks_is_copied() -> None:
+    run = _gpt(4, 64, 4, (2, 8))
+    counts = count_parameters(run, padded_vocab=True)
+    (stage,) = stage_memory(_parallel(run, expert_model_parallel_size=4, use_distributed_optimizer=True), 8)
+    assert counts.experts == 10 * expert_size(run).total
+    held = (1 + 2) * expert_size(run).total
+    assert stage.parameters == counts.total - counts.experts + held
+    # Copies inside of the expert-parallel group keep their state each: two replicas share it, not four.
+    assert stage.optimizer_bytes == 8 * (-(-(counts.total - counts.experts) // 8) + held // 2)
+
+
 def test_pipeline_stages_hold_the_model_and_a_second_embedding() -> None:
     run = _gpt(4, 64, 4, (4, 8))
     stages = stage_memory(_parallel(run, pipeline_model_parallel_size=2), 2)

@@ -18,6 +18,7 @@ MODELS = {
     "shared expert": "--num-experts 4 --disable-bias-linear --swiglu --normalization RMSNorm --qk-layernorm "
     "--moe-shared-expert-intermediate-size 96 --moe-shared-expert-gate --num-query-groups 2 --kv-channels 32 "
     "--position-embedding-type rope --untie-embeddings-and-output-weights --moe-router-topk 2",
+    "one expert, with a copy under EP 2": "--num-experts 1 4 --expert-interval 2",
     "expert residual network": "--num-experts 4 8 --expert-interval 2 --use-expert-residual-network",
     "expert residual network without biases": "--num-experts 4 --use-expert-residual-network --disable-bias-linear "
     "--expert-residual-layers 2 --normalization RMSNorm --swiglu",

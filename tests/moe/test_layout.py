@@ -89,7 +89,7 @@ def test_pattern_and_interval_together() -> None:
         MoEConfig(num_experts=(4,), moe_layer_freq=(0, 1), expert_interval=2)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_expert_parallel_size_that_fits(size: int) -> None:
     _layout(4, num_experts=(4, 8), expert_interval=2).check_expert_parallel(size)
 
@@ -97,13 +97,23 @@ def test_expert_parallel_size_that_fits(size: int) -> None:
 @pytest.mark.parametrize(
     ("counts", "size", "message"),
     [
-        ((4, 4, 8), 8, "--expert-model-parallel-size 8: must divide .* every layer; layers 2, 4 have 4"),
+        ((6, 6, 8), 8, "--expert-model-parallel-size 8: must be a divisor .* every layer; layers 2, 4 have 6"),
         ((4, 6, 8), 4, "layer 4 has 6"),
+        ((4, 2, 8), 6, "layer 2 has 4"),
     ],
 )
 def test_expert_parallel_size_that_does_not(counts: tuple[int, ...], size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _layout(6, num_experts=counts, expert_interval=2).check_expert_parallel(size)
+
+
+def test_experts_of_a_rank() -> None:
+    layout = _layout(8, num_experts=(2, 4, 4, 8), expert_interval=2)
+    assert [layout.degree(number, 4) for number in layout.moe_layers] == [2, 4, 4, 4]
+    spread = "2: 1 of 2 experts, in 2 copies; 4,6: 1 of 4 experts; 8: 2 of 8 experts"
+    assert layout.describe_spread(4) == spread
+    assert layout.has_copies(4)
+    assert not layout.has_copies(2)
 
 
 def test_expert_parallel_without_experts() -> None:
