@@ -282,6 +282,9 @@ class Trainer:
             f"{parallel.context_parallel_size}, data {self.schedule.data_parallel_size} | "
             f"{expert_layout(self.run).describe()} | {self.run.training.precision}"
         )
+        if expert_layout(self.run).has_copies(parallel.expert_model_parallel_size):
+            spread = expert_layout(self.run).describe_spread(parallel.expert_model_parallel_size)
+            reporter.say(f"on each rank of layer {spread}")
         if any(factor != 1.0 for factor in expert_factors(self.run)):
             reporter.say(describe_factors(self.run))
         if progress.step:
