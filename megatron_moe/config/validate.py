@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from megatron_moe.config.attention import check_attention
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
+from megatron_moe.config.domain_placement import check_domain_groups
 from megatron_moe.config.moe import check_expert_parallel
 from megatron_moe.config.routing import check_domains, check_routing
 from megatron_moe.config.run import RunConfig
@@ -31,6 +32,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_use_of_domains(run)
     _check_map(run)
     _check_experts(run, experts_per_layer)
+    check_domain_groups(run, experts_per_layer, replicas)
     _check_backends(run)
     _check_routing_embedding(run)
     _check_optimizer(run)

@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.config.domain_placement import Turns, domain_shares
 from megatron_moe.config.run import RunConfig
 from megatron_moe.data.blend import Blend, parse_blend
+from megatron_moe.data.domain_stream import DomainStream, divide_by_domain
 from megatron_moe.data.domains import Domains, check_same_names, read_domains
 from megatron_moe.data.indexed import IndexedFile
 from megatron_moe.data.sample_index import FilePart, SampleDomains, open_index, write_index
@@ -34,15 +36,16 @@ from megatron_moe.runtime.signals import leave_signals_to_parent
 
 Batch = dict[str, torch.Tensor]
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "samples")
+ALL_SAMPLES = Turns()
 _SPLITS = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
 
 
 class Datasets(NamedTuple):
     """One endless stream of samples a split; None where it was not asked for."""
 
-    train: SampleStream | None
-    valid: SampleStream | None
-    test: SampleStream | None
+    train: SampleStream | DomainStream | None
+    valid: SampleStream | DomainStream | None
+    test: SampleStream | DomainStream | None
 
 
 def build_datasets(
@@ -75,8 +78,11 @@ def build_datasets(
     for source in files.values():
         check_token_range(source, vocab_size)
     domains = _domains(list(files.values()), run)
-    parts = [_parts(blend, split, flags.split if shared else None) for blend, split in zip(blends, Split, strict=True)]
-    every_part = [part for split_parts in parts for part in split_parts]
+    texts = [
+        _text(blend, split, flags.split if shared else None, run, domains) if blend else []
+        for blend, split in zip(blends, Split, strict=True)
+    ]
+    every_part = [part for text in texts for weighted in text for part in weighted.parts]
     for part in every_part:
         _check_length(part, run)
     # After every check: a run that is refused leaves no folder behind.
@@ -86,15 +92,10 @@ def build_datasets(
             write_index(part, run, tokenizer, cache)
     if dist.is_initialized():
         dist.barrier()
-    return Datasets(
-        *(
-            _stream(blend, split_parts, run, tokenizer, cache, domains) if blend else None
-            for blend, split_parts in zip(blends, parts, strict=True)
-        )
-    )
+    return Datasets(*(_stream(text, run, tokenizer, cache, domains) if text else None for text in texts))
 
 
-def with_domain_names(run: RunConfig, stream: SampleStream) -> RunConfig:
+def with_domain_names(run: RunConfig, stream: SampleStream | DomainStream) -> RunConfig:
     """The run with the names of the domains of its data filled in.
 
     Raises:
@@ -119,34 +120,58 @@ def _domains(files: list[IndexedFile], run: RunConfig) -> dict[str, Domains]:
     return {domains.prefix: domains for domains in found}
 
 
+class _Text(NamedTuple):
+    """What a stream reads: parts of token files and the share of samples drawn from each."""
+
+    parts: list[FilePart]
+    weights: list[float]
+
+
+def _text(blend: Blend, split: Split, shares: str | None, run: RunConfig, domains: dict[str, Domains]) -> list[_Text]:
+    """The text of a split; with --moe-domain-grouped that of each domain."""
+    parts = _parts(blend, split, shares)
+    if not run.moe.moe_domain_grouped:
+        return [_Text(parts, list(blend.weights))]
+    divided = divide_by_domain(parts, blend.weights, domains, run.model.num_domains or 1, _SPLITS[split])
+    return [_Text(*text) for text in divided]
+
+
 def _stream(
-    blend: Blend,
-    parts: list[FilePart],
-    run: RunConfig,
-    tokenizer: Tokenizer,
-    cache: Path,
-    domains: dict[str, Domains],
+    texts: list[_Text], run: RunConfig, tokenizer: Tokenizer, cache: Path, domains: dict[str, Domains]
+) -> SampleStream | DomainStream:
+    if not run.moe.moe_domain_grouped:
+        return _plain_stream(texts[0], run, tokenizer, cache, domains)
+    streams = [_plain_stream(text, run, tokenizer, cache, domains) for text in texts]
+    identity = streams[0].identity | {
+        "files": [file for stream in streams for file in stream.identity["files"]],
+        "weights": [weight for stream in streams for weight in stream.identity["weights"]],
+        "shares of domains": list(domain_shares(run)),
+    }
+    return DomainStream(streams, domain_shares(run), identity)
+
+
+def _plain_stream(
+    text: _Text, run: RunConfig, tokenizer: Tokenizer, cache: Path, domains: dict[str, Domains]
 ) -> SampleStream:
+    parts, weights = text
     identity: dict[str, Any] = {
         "--seed": run.training.seed,
         "--seq-length": run.model.seq_length,
         "files": [part.identity for part in parts],
-        "weights": [weight / sum(blend.weights) for weight in blend.weights],
+        "weights": [weight / sum(weights) for weight in weights],
     }
     epochs = [open_index(part, run, tokenizer, cache) for part in parts]
     if not domains:
-        return SampleStream(epochs, blend.weights, run.training.seed, identity)
+        return SampleStream(epochs, weights, run.training.seed, identity)
     own = [domains[part.source.prefix] for part in parts]
     identity["domains"] = list(own[0].names)
     lookups = [SampleDomains(epoch, known.ids) for epoch, known in zip(epochs, own, strict=True)]
-    return SampleStream(epochs, blend.weights, run.training.seed, identity, lookups, own[0].names)
+    return SampleStream(epochs, weights, run.training.seed, identity, lookups, own[0].names)
 
 
-def _parts(blend: Blend | None, split: Split, shares: str | None) -> list[FilePart]:
+def _parts(blend: Blend, split: Split, shares: str | None) -> list[FilePart]:
     """Each file's documents of a split, rounded as megatron-core does
     (megatron/core/datasets/blended_megatron_dataset_builder.py, `_build_megatron_dataset_splits`)."""
-    if blend is None:
-        return []
     span: tuple[float, float] | None = (0.0, 1.0)
     if shares is not None:
         span = convert_split_vector_to_split_matrix(parse_and_normalize_split(shares))[split.value]
@@ -188,9 +213,10 @@ def _check_length(part: FilePart, run: RunConfig) -> None:
     if part.num_tokens >= needed:
         return
     cure = "a larger share in --split, more text" if run.data.data_path is not None else "more text"
+    whose = "" if part.domain is None else f" of domain {part.domain.name} (--moe-domain-grouped)"
     raise ConfigError(
         f"--seq-length {run.model.seq_length}: the {_SPLITS[part.split]} part of {part.source.prefix} holds "
-        f"only {part.num_tokens} tokens, a sample takes {needed}; give {cure} or a shorter --seq-length"
+        f"only {part.num_tokens} tokens{whose}, a sample takes {needed}; give {cure} or a shorter --seq-length"
     )
 
 
@@ -216,22 +242,26 @@ class MicroBatchSampler(Sampler[list[int]]):
         consumed_samples: samples that all ranks together have consumed before.
         micro_batch_size: B.
         dp_rank, dp_size: this rank and the number of ranks that share out samples.
+        turns: which samples they are: with --moe-domain-grouped those of these ranks' domains.
     """
 
-    def __init__(self, consumed_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, consumed_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int, turns: Turns = ALL_SAMPLES
+    ) -> None:
         if consumed_samples < 0 or micro_batch_size < 1 or not 0 <= dp_rank < dp_size:
             raise ValueError(
                 f"consumed_samples {consumed_samples}, micro_batch_size {micro_batch_size}, "
                 f"dp_rank {dp_rank} of {dp_size}"
             )
-        self._start = consumed_samples + dp_rank * micro_batch_size
+        self._start = turns.begin(consumed_samples) + dp_rank * micro_batch_size
         self._micro_batch_size = micro_batch_size
         self._stride = micro_batch_size * dp_size
+        self._turns = turns
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self._start
         while True:
-            yield list(range(start, start + self._micro_batch_size))
+            yield [self._turns.number(place) for place in range(start, start + self._micro_batch_size)]
             start += self._stride
 
 
@@ -242,6 +272,7 @@ def build_data_iterator(
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
+    turns: Turns = ALL_SAMPLES,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
@@ -252,6 +283,7 @@ def build_data_iterator(
         consumed_samples: where to go on: samples that all ranks together have consumed.
         micro_batch_size: B.
         dp_rank, dp_size: this rank among those that share out samples.
+        turns: which samples these are; see `MicroBatchSampler`.
         num_workers: loader processes; 0 reads in this one.
         pin_memory: put batches into page-locked memory, for copies to a GPU.
 
@@ -261,7 +293,7 @@ def build_data_iterator(
     """
     loader = DataLoader(
         dataset,
-        batch_sampler=MicroBatchSampler(consumed_samples, micro_batch_size, dp_rank, dp_size),
+        batch_sampler=MicroBatchSampler(consumed_samples, micro_batch_size, dp_rank, dp_size, turns),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -279,6 +311,7 @@ def build_eval_iterator(
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
+    turns: Turns = ALL_SAMPLES,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
@@ -292,6 +325,7 @@ def build_eval_iterator(
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        turns=turns,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )

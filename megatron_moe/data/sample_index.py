@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
+from megatron_moe.data.domains import ids_path
 from megatron_moe.data.indexed import IndexedFile, bin_path, document_bounds, idx_path
 from megatron_moe.data.safe_numpy import check_array_file
 from megatron_moe.data.tokenizer.load import Tokenizer
@@ -72,6 +73,21 @@ class _WholeDocuments(IndexedDataset):
 
 
 @dataclass(frozen=True)
+class DomainOfFile:
+    """One domain of a token file.
+
+    Attributes:
+        number: of the domain.
+        name: its name.
+        ids: [documents] the domain of every document of the file.
+    """
+
+    number: int
+    name: str
+    ids: npt.NDArray[np.uint16] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class FilePart:
     """The documents of a token file that belong to one split.
 
@@ -79,29 +95,45 @@ class FilePart:
         source: the checked pair.
         first, last: its documents [first, last).
         split: which split they are.
+        domain: only those of this domain. None: all of them.
     """
 
     source: IndexedFile
     first: int
     last: int
     split: Split
+    domain: DomainOfFile | None = None
+
+    @property
+    def documents(self) -> npt.NDArray[np.int32]:
+        """Their numbers."""
+        if self.domain is None:
+            return np.arange(self.first, self.last, dtype=np.int32)
+        found = np.flatnonzero(self.domain.ids[self.first : self.last] == self.domain.number)
+        return (self.first + found).astype(np.int32)
 
     @property
     def num_tokens(self) -> int:
         """Tokens in these documents."""
-        return int(self.source.lengths[self.first : self.last].sum(dtype="int64"))
+        if self.domain is None:
+            return int(self.source.lengths[self.first : self.last].sum(dtype="int64"))
+        return int(self.source.lengths[self.documents].sum(dtype="int64"))
 
     @property
     def identity(self) -> str:
         """What tells this text from another, wherever the file lies."""
         name = Path(self.source.prefix).name
         total = len(self.source.lengths)
-        return f"{name}, documents {self.first} to {self.last} of {total}, {self.source.num_tokens} tokens"
+        whose = "" if self.domain is None else f"{self.domain.name} of "
+        return f"{whose}{name}, documents {self.first} to {self.last} of {total}, {self.source.num_tokens} tokens"
 
     def index_folder(self, run: RunConfig, cache: Path) -> Path:
         """Where its index lies. The stamp keeps it from being used for files written anew under an old name."""
-        stats = [path(self.source.prefix).stat() for path in (bin_path, idx_path)]
-        key = {
+        paths = [path(self.source.prefix) for path in (bin_path, idx_path)]
+        if self.domain is not None:
+            paths.append(ids_path(self.source.prefix))
+        stats = [path.stat() for path in paths]
+        key: dict[str, Any] = {
             "prefix": self.source.prefix,
             "stamp": [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)],
             "documents": [self.first, self.last],
@@ -109,6 +141,8 @@ class FilePart:
             "seed": run.training.seed,
             "seq_length": run.model.seq_length,
         }
+        if self.domain is not None:
+            key["domain"] = self.domain.number
         return cache / hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
 
 
@@ -204,10 +238,9 @@ def _dataset(part: FilePart, run: RunConfig, tokenizer: Tokenizer, folder: Path)
         eod_mask_loss=run.data.eod_mask_loss,
         create_attention_mask=False,
     )
-    documents = np.arange(part.first, part.last, dtype=np.int32)
     tokens = _WholeDocuments(part.source.prefix)
     # No number of samples: exactly one epoch (`_get_num_epochs`).
-    return GPTDataset(tokens, part.source.prefix, documents, None, part.split, config)
+    return GPTDataset(tokens, part.source.prefix, part.documents, None, part.split, config)
 
 
 def _stand_in(tokenizer: Tokenizer) -> Any:

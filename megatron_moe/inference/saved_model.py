@@ -95,7 +95,11 @@ def _inference_run(saved: RunConfig, parallel: ParallelConfig, fp32: bool) -> Ru
         fp16=saved.training.fp16 and not fp32,
     )
     model = dataclasses.replace(saved.model, attention_weight_reuse_prob=1.0, attention_weight_reuse_span=None)
-    return dataclasses.replace(saved, model=model, parallel=parallel, training=training, optimizer=OptimizerConfig())
+    # Here every rank gets texts of any domain.
+    moe = dataclasses.replace(saved.moe, moe_domain_grouped=False)
+    return dataclasses.replace(
+        saved, model=model, moe=moe, parallel=parallel, training=training, optimizer=OptimizerConfig()
+    )
 
 
 def _validate(run: RunConfig, world_size: int) -> None:

@@ -19,6 +19,7 @@ from megatron_moe.checkpoint.same_tokenizer import check_same_tokenizer
 from megatron_moe.checkpoint.save import save_checkpoint
 from megatron_moe.checkpoint.state import Progress
 from megatron_moe.config.base import UserError
+from megatron_moe.config.domain_placement import stream_part
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
 from megatron_moe.data.datasets import (
@@ -262,10 +263,13 @@ class Trainer:
         )
 
     def _iterator_options(self) -> dict[str, Any]:
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        part = stream_part(self.run, replica, replicas)
         return {
             "micro_batch_size": self.run.training.micro_batch_size,
-            "dp_rank": parallel_state.get_data_parallel_rank(),
-            "dp_size": parallel_state.get_data_parallel_world_size(),
+            "dp_rank": part.index,
+            "dp_size": part.count,
+            "turns": part.turns,
             "num_workers": self.run.data.num_workers,
             "pin_memory": self.world.device.type == "cuda",
         }
