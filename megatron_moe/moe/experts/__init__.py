@@ -7,6 +7,7 @@ write the same checkpoints.
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 
 from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.experts.grouped import grouped_experts
 from megatron_moe.moe.experts.sequential import sequential_experts
 
 
@@ -21,7 +22,7 @@ def expert_builder(backend: str) -> ExpertsBuilder:
     """
     if backend == "te":
         return _te_experts()
-    return sequential_experts()
+    return grouped_experts() if backend == "grouped" else sequential_experts()
 
 
 def _te_experts() -> ExpertsBuilder:
