@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from megatron_moe.config.base import ConfigError, format_value
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
 
 
@@ -38,7 +39,12 @@ class DomainRanks:
 
 def domain_shares(run: RunConfig) -> tuple[int, ...]:
     """Experts of each domain, and sequences of each in a step, relative to each other."""
-    return run.routing.router_domain_shares or (1,) * (run.model.num_domains or 1)
+    return shares_of(run.model.num_domains or 1, run.routing)
+
+
+def shares_of(domains: int, routing: RoutingConfig) -> tuple[int, ...]:
+    """As `domain_shares`."""
+    return routing.router_domain_shares or (1,) * domains
 
 
 def cut_into_domains(shares: Sequence[int], ranks: int) -> list[DomainRanks]:

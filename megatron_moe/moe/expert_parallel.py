@@ -64,15 +64,26 @@ def layer_groups(config: Any, whole: ProcessGroupCollection) -> LayerGroups:
     first = rank - rank % degree
     same_experts = ranks[rank % degree :: degree]
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    layer = groups_among(whole, range(first, first + degree), timeout)
+    members = _moved(whole.expt_dp, ranks[rank], same_experts)
+    layer.expt_dp = layer.expt_dp_gtp_remat = _group(whole.ep, members, timeout)
+    return LayerGroups(layer, _group(whole.ep, same_experts, timeout))
 
-    def group(members: Iterable[int]) -> Group:
-        return _group(whole.ep, tuple(sorted(members)), timeout)
 
+def groups_among(whole: ProcessGroupCollection, places: range, timeout: timedelta) -> ProcessGroupCollection:
+    """The model's groups with others for dispatchers, made by their members alone.
+
+    Args:
+        whole: the model's groups.
+        places: numbers in the expert-parallel group, this rank's among them: they exchange among themselves.
+        timeout: of the new groups.
+    """
+    ranks, rank = dist.get_process_group_ranks(whole.ep), whole.ep.rank()
+    own = ranks[places.start : places.stop]
     layer = copy.copy(whole)
-    layer.ep = group(ranks[first : first + degree])
-    layer.tp_ep = group(_moved(whole.expt_tp, ranks[rank], ranks[first : first + degree]))
-    layer.expt_dp = layer.expt_dp_gtp_remat = group(_moved(whole.expt_dp, ranks[rank], same_experts))
-    return LayerGroups(layer, group(same_experts))
+    layer.ep = _group(whole.ep, own, timeout)
+    layer.tp_ep = _group(whole.ep, _moved(whole.expt_tp, ranks[rank], own), timeout)
+    return layer
 
 
 def mark_copies(experts: torch.nn.Module, copies: Group | None) -> None:
@@ -91,9 +102,9 @@ def _moved(group: Group, rank: int, ranks: list[int]) -> list[int]:
     return [member + other - rank for other in ranks for member in dist.get_process_group_ranks(group)]
 
 
-def _group(whole: Group, ranks: tuple[int, ...], timeout: timedelta) -> Group:
+def _group(whole: Group, members: Iterable[int], timeout: timedelta) -> Group:
     """The group of these ranks, made by themselves alone: other pipeline stages may have no layer that needs it."""
-    made = _made.setdefault(whole, {})
+    made, ranks = _made.setdefault(whole, {}), tuple(sorted(members))
     if ranks not in made:
         made[ranks] = parallel_state.create_group(
             list(ranks), timeout=timeout, use_local_synchronization=True, group_desc="EXPERTS_OF_A_LAYER"
