@@ -14,8 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
+from megatron_moe.moe.dispatch import replace_dispatcher
 from megatron_moe.moe.expert_parallel import layer_groups, mark_copies
 from megatron_moe.moe.expert_residual import ExpertResidual, ExpertResidualSubmodules
 from megatron_moe.moe.inputs import unpack_inputs
@@ -52,6 +54,8 @@ class PyramidMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.copies = copies
         mark_copies(self.experts, copies)
+        assert not self.shared_expert_overlap
+        self.token_dispatcher: MoETokenDispatcher = replace_dispatcher(self.token_dispatcher, config, pg_collection)
         self.residual: ResidualMlp | None = None
         if config.residual_mlp:
             assert submodules.residual is not None

@@ -1,0 +1,102 @@
+"""Which ranks of an expert-parallel group share a node, and the process groups between and inside of nodes.
+
+A rank's node is its global rank divided by the ranks of a node. The group is laid out as nodes x places: rank (q, l) is
+the l-th rank of the group on its q-th node.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.dispatch.counters import Link
+
+
+def ranks_per_node(given: int | None) -> int:
+    """Ranks of one node: as --ranks-per-node says, else the launcher (LOCAL_WORLD_SIZE), else one node has all."""
+    return given or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or dist.get_world_size()
+
+
+@dataclass(frozen=True)
+class NodeGrid:
+    """An expert-parallel group as nodes x places."""
+
+    nodes: int
+    places: int
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Destinations of each level of an exchange: between nodes, then inside of one. A level that has one
+        destination is left out."""
+        return tuple(size for size in (self.nodes, self.places) if size > 1) or (1,)
+
+
+def node_grid(ranks: Sequence[int], per_node: int) -> NodeGrid:
+    """Lay a group out.
+
+    Args:
+        ranks: global ranks of the group, in ascending order.
+        per_node: ranks of one node.
+
+    Raises:
+        ConfigError: nodes hold different numbers of the group's ranks.
+    """
+    held = Counter(rank // per_node for rank in ranks)
+    if len(set(held.values())) > 1:
+        world = dist.get_world_size() if dist.is_initialized() else max(ranks) + 1
+        legal = [size for size in range(1, world + 1) if len(set(Counter(r // size for r in ranks).values())) == 1]
+        raise ConfigError(
+            f"--ranks-per-node {per_node}: puts {', '.join(map(str, held.values()))} of the {len(ranks)} ranks of an "
+            f"expert-parallel group on its nodes; --moe-token-dispatcher-type grouped needs equal numbers, as with "
+            f"--ranks-per-node {', '.join(map(str, legal))}"
+        )
+    places = next(iter(held.values()))
+    return NodeGrid(len(ranks) // places, places)
+
+
+def links(ranks: Sequence[int], per_node: int, rank: int) -> list[Link]:
+    """What lies between `rank` and each of `ranks`."""
+    return [
+        Link.SAME_RANK
+        if other == rank
+        else Link.SAME_NODE
+        if other // per_node == rank // per_node
+        else Link.OTHER_NODE
+        for other in ranks
+    ]
+
+
+# By the expert-parallel group: layers with the same one share them, and they go when it goes.
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[NodeGrid, tuple[dist.ProcessGroup, ...]]] = WeakKeyDictionary()
+
+
+def level_groups(whole: dist.ProcessGroup, grid: NodeGrid, timeout_minutes: int) -> tuple[dist.ProcessGroup, ...]:
+    """For each of `grid.levels` the group that this rank exchanges with: ranks of its place on all nodes, then ranks of
+    its node.
+
+    All ranks of `whole` must call this together, as they build their layers; ranks of other groups need not come along
+    (a pipeline stage may have no such layer).
+    """
+    if len(grid.levels) == 1:
+        return (whole,)
+    made = _made.setdefault(whole, {})
+    if grid not in made:
+        ranks = dist.get_process_group_ranks(whole)
+        node, place = divmod(whole.rank(), grid.places)
+        members = {
+            "BETWEEN_NODES": ranks[place :: grid.places],
+            "INSIDE_OF_A_NODE": ranks[node * grid.places : (node + 1) * grid.places],
+        }
+        made[grid] = tuple(
+            parallel_state.create_group(
+                part, timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True, group_desc=name
+            )
+            for name, part in members.items()
+        )
+    return made[grid]
