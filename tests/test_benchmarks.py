@@ -14,12 +14,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_train_step_prints_both_sides_and_that_they_agree() -> None:
-    command = [sys.executable, "benchmarks/train_step.py", "--model", "tiny-cpu", "--steps", "1", "--device", "cpu"]
+@pytest.mark.parametrize(
+    ("model", "size", "stock_is"),
+    [("tiny-cpu", 4.3, "this package's layers"), ("tiny-equal", 3.4, "megatron-core's GPTModel")],
+)
+def test_train_step_prints_both_sides_and_that_they_agree(model: str, size: float, stock_is: str) -> None:
+    command = [sys.executable, "benchmarks/train_step.py", "--model", model, "--steps", "1", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     head, product, ours, stock, ratio, difference = done.stdout.splitlines()
-    assert head.startswith("tiny-cpu: 4.3 M parameters")
+    assert head.startswith(f"{model}: {size} M parameters")
+    assert f"stock: {stock_is}" in head
     assert "GFLOP/s" in product
     for name, line in (("ours", ours), ("stock", stock)):
         assert line.split()[0] == name

@@ -38,6 +38,16 @@ def wrap_data_parallel(run: RunConfig, chunks: list[Any]) -> list[DistributedDat
 
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """The optimizer, connected to the model's schedule hooks. Norms and biases are not decayed (upstream default)."""
+    optimizer = stock_optimizer(run, model)
+    _use_fused_adam(optimizer)
+    _let_sgd_be_loaded(optimizer)
+    _share_loss_scale(optimizer)
+    _refuse_nonfinite_gradients(optimizer)
+    return optimizer
+
+
+def stock_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """megatron-core's optimizer as it comes, connected to the model's schedule hooks."""
     flags, training = run.optimizer, run.training
     options = MegatronOptimizerConfig(
         optimizer=flags.optimizer,
@@ -66,10 +76,6 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
         config_overrides=get_standard_config_overrides(options) | expert_groups(run, model),
         use_gloo_process_groups=False,
     )
-    _use_fused_adam(optimizer)
-    _let_sgd_be_loaded(optimizer)
-    _share_loss_scale(optimizer)
-    _refuse_nonfinite_gradients(optimizer)
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = gradient_finalizer(model, optimizer)
