@@ -44,6 +44,8 @@ class ModelConfig:
     """Epsilon inside the norms."""
     swiglu: bool = False
     """Gated SiLU in the MLPs and experts instead of GELU."""
+    squared_relu: bool = False
+    """relu(x)^2 in the MLPs and experts instead of GELU."""
     disable_bias_linear: bool = False
     """No biases in the linear layers."""
     add_qkv_bias: bool = False
@@ -125,6 +127,8 @@ class ModelConfig:
         require(0.0 < self.rotary_percent <= 1.0, "rotary_percent", self.rotary_percent, "in (0, 1]")
         require(self.norm_epsilon > 0.0, "norm_epsilon", self.norm_epsilon, "greater than 0")
         require(self.init_method_std > 0.0, "init_method_std", self.init_method_std, "greater than 0")
+        if self.swiglu and self.squared_relu:
+            raise ConfigError("--swiglu and --squared-relu: give one of them")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"--hidden-size {self.hidden_size}: must be a multiple of --num-attention-heads "

@@ -41,7 +41,7 @@ def report(run: RunConfig, world_size: int, built: BuiltCounts | None = None) ->
 def _model(run: RunConfig) -> list[str]:
     model, moe = run.model, run.moe
     layout = expert_layout(run)
-    activation = "SwiGLU" if model.swiglu else "GELU"
+    activation = "SwiGLU" if model.swiglu else "squared ReLU" if model.squared_relu else "GELU"
     biases = "no biases" if model.disable_bias_linear else "biases"
     tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
     lines = [

@@ -6,6 +6,7 @@ set. Everything inside an MoE layer reads its count from the config it was built
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.experts.activations import squared_relu
 from megatron_moe.moe.layout import expert_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +100,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=_activation(model),
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
@@ -149,6 +152,12 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         domains=model.num_domains or 1,
         has_cond_embedder=has_experts and run.shares_routing_embedding,
     )
+
+
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return F.silu
+    return squared_relu if model.squared_relu else F.gelu
 
 
 def _recompute(run: RunConfig, inference: bool) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
 
-type Derivative = Callable[[Tensor, Tensor], Tensor]
-"""From the gradient of the activation's output and its input, the gradient of its input."""
+type Derivative = Callable[[Tensor, Tensor, Tensor], None]
+"""Writes the gradient of the activation's input into the third, from that of its output and the input."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -22,14 +22,26 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _squared_relu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    return F.relu(x).mul_(2).mul_(gradient)
+def _gelu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(gradient, x, grad_input=out)
+
+
+def _silu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=out)
+
+
+def _relu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=out)
+
+
+def _squared_relu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.mul(F.relu(x).mul_(2), gradient, out=out)
 
 
 DERIVATIVES: dict[Callable[..., Tensor], Derivative] = {
-    F.gelu: torch.ops.aten.gelu_backward,
-    F.silu: torch.ops.aten.silu_backward,
-    F.relu: lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
+    F.gelu: _gelu_backward,
+    F.silu: _silu_backward,
+    F.relu: _relu_backward,
     squared_relu: _squared_relu_backward,
 }
 
@@ -61,13 +73,27 @@ class Activation:
         gate_RF, value_RF = h_RG.chunk(2, dim=-1)
         return self._function(gate_RF).mul_(value_RF)
 
-    def backward(self, gradient_RF: Tensor, h_RG: Tensor) -> Tensor:
-        """Gradient of the input [R, G] from that of the output."""
+    def again(self, h_RG: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The activation [R, F] once more, for the backward pass.
+
+        Returns:
+            It, in memory of its own, and the function that makes the gradient of `h_RG` from that of the activation.
+        """
+        gradient_RG = torch.empty_like(h_RG)
         if not self._gated:
-            return self._derivative(gradient_RF, h_RG)
+
+            def backward(gradient_RF: Tensor) -> Tensor:
+                self._derivative(gradient_RF, h_RG, gradient_RG)
+                return gradient_RG
+
+            return self._function(h_RG), backward
         gate_RF, value_RF = h_RG.chunk(2, dim=-1)
-        result_RG = torch.empty_like(h_RG)
-        gate_gradient_RF, value_gradient_RF = result_RG.chunk(2, dim=-1)
-        gate_gradient_RF.copy_(self._derivative(gradient_RF * value_RF, gate_RF))
-        torch.mul(gradient_RF, self._function(gate_RF), out=value_gradient_RF)
-        return result_RG
+        opened_RF = self._function(gate_RF)
+
+        def gated_backward(gradient_RF: Tensor) -> Tensor:
+            gate_gradient_RF, value_gradient_RF = gradient_RG.chunk(2, dim=-1)
+            torch.mul(gradient_RF, opened_RF, out=value_gradient_RF)
+            self._derivative(gradient_RF.mul_(value_RF), gate_RF, gate_gradient_RF)
+            return gradient_RG
+
+        return opened_RF * value_RF, gated_backward

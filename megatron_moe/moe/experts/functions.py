@@ -130,7 +130,7 @@ class _ExpertMlp(torch.autograd.Function):
 
 def _forward(rows: _Rows, ends_E: Tensor, weights: ExpertWeights, math: ExpertMath) -> tuple[Tensor | None, Tensor]:
     """h, if there will be a backward pass, and y."""
-    blocks = products.blocks(ends_E)
+    blocks = products.blocks(ends_E, len(rows.x_RH))
     if blocks is None:
         h_RG, y_RH = _forward_block(rows, weights, ends_E, math)
         return h_RG if math.keep else None, y_RH
@@ -169,7 +169,7 @@ def _backward(
     math: ExpertMath,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of rows and routing weights; those of the parameters are added to the targets."""
-    blocks = products.blocks(ends_E)
+    blocks = products.blocks(ends_E, len(rows.x_RH))
     if blocks is None:
         return _backward_block(gradient_RH, rows, weights, targets, ends_E, math)
     x_gradient_RH, probs_gradient_R = torch.empty_like(rows.x_RH), torch.empty_like(rows.probs_R)
@@ -191,7 +191,7 @@ def _backward_block(
 ) -> tuple[Tensor, Tensor]:
     assert rows.h_RG is not None
     wide = rows.probs_R.dtype
-    a = math.activation.forward(rows.h_RG)
+    a, through_activation = math.activation.again(rows.h_RG)
     da = _dropped(products.product(dy, weights.fc2_EHF, place), rows, math)
     dprobs = (da.to(wide) * a).sum(dim=-1)
     if targets.fc2_EHF is not None:
@@ -200,7 +200,7 @@ def _backward_block(
         dprobs += (dy.to(wide) * products.of_rows(weights.bias2_EH, place, len(dy))).sum(dim=-1)
         if targets.bias2_EH is not None:
             products.add_sum_of_rows(targets.bias2_EH, dy * rows.probs_R1, place)
-    dh = math.activation.backward(da.mul_(rows.probs_R1), rows.h_RG)
+    dh = through_activation(da.mul_(rows.probs_R1))
     if targets.bias1_EG is not None:
         products.add_sum_of_rows(targets.bias1_EG, dh, place)
     if targets.fc1_EGH is not None:

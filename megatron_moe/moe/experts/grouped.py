@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
+from megatron_moe.moe.experts import products
 from megatron_moe.moe.experts.activations import Activation
 from megatron_moe.moe.experts.functions import ExpertMath, ExpertWeights, expert_mlp
 from megatron_moe.moe.experts.layouts import load_any_layout
@@ -80,12 +81,13 @@ class GroupedExperts(MegatronModule):
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size // self.tp_group.size()
-        _check_sizes(config, ffn)
         self.activation = Activation(config.activation_func, gated=config.gated_linear_unit)
         width = 2 * ffn if config.gated_linear_unit else ffn
         bias = config.add_bias_linear
         self.linear_fc1 = ExpertLinear(config, (num_local_experts, width, hidden), bias=bias, split=0)
         self.linear_fc2 = ExpertLinear(config, (num_local_experts, hidden, ffn), bias=bias, split=1)
+        if not products.one_by_one(self.linear_fc1.weight.device):
+            check_alignment(config.params_dtype, config.hidden_size, ffn)
         self._register_load_state_dict_pre_hook(load_any_layout, with_module=True)
 
     def forward(
@@ -136,11 +138,16 @@ def grouped_experts() -> ExpertsBuilder:
     return partial(GroupedExperts)
 
 
-def _check_sizes(config: Any, ffn: int) -> None:
-    numbers = ALIGNMENT // torch.empty(0, dtype=config.params_dtype).element_size()
-    for flag, size in (("--hidden-size", config.hidden_size), ("width of an expert on a rank", ffn)):
-        if size % numbers:
+def check_alignment(dtype: torch.dtype, hidden: int, ffn: int) -> None:
+    """What `grouped_mm` demands of sizes.
+
+    Raises:
+        ConfigError: it does not take these.
+    """
+    multiple = ALIGNMENT // dtype.itemsize
+    for what, size in (("--hidden-size", hidden), ("width of an expert on a rank", ffn)):
+        if size % multiple:
             raise ConfigError(
-                f"{flag} {size}: must be a multiple of {numbers} with --moe-expert-backend grouped in this precision; "
+                f"{what} {size}: must be a multiple of {multiple} with --moe-expert-backend grouped in {dtype}; "
                 "or give --moe-expert-backend sequential"
             )

@@ -18,12 +18,19 @@ type Place = int | Tensor
 """An expert's number, or where every expert's rows end [E]."""
 
 
-def blocks(ends_E: Tensor) -> Iterator[tuple[slice, int]] | None:
+def blocks(ends_E: Tensor, rows: int) -> Iterator[tuple[slice, int]] | None:
     """The rows of every expert that has any, with its number; None where one product serves all experts."""
-    return _one_by_one(ends_E) if ends_E.device.type == "cpu" else None
+    if rows == 0:
+        return iter(())
+    return _blocks_of_experts(ends_E) if one_by_one(ends_E.device) else None
 
 
-def _one_by_one(ends_E: Tensor) -> Iterator[tuple[slice, int]]:
+def one_by_one(device: torch.device) -> bool:
+    """Whether experts are computed one after the other."""
+    return device.type == "cpu"
+
+
+def _blocks_of_experts(ends_E: Tensor) -> Iterator[tuple[slice, int]]:
     start = 0
     for expert, stop in enumerate(ends_E.tolist()):
         if stop > start:
