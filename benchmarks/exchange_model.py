@@ -165,6 +165,14 @@ class Traffic:
     """Copies that stay on the rank."""
 
 
+@dataclass(frozen=True)
+class Level:
+    """Both ways of an exchange: a rank sends tokens there, and as many results back as it has received tokens."""
+
+    there: Traffic
+    back: Traffic
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collective:
     """What one rank sends in one collective."""
@@ -202,17 +210,18 @@ def hit_probability(experts: int, held: int, topk: int) -> float:
     return 1.0 - missed
 
 
-def _expected(tokens: float, hit: float, copies: float, others: dict[str, int]) -> Traffic:
+def _expected(tokens: float, hit: float, copies: float, others: dict[str, int]) -> Level:
     """Every other rank gets `copies` of each of `tokens` tokens on average, and at least one with probability `hit`."""
     filled = 1.0 - (1.0 - hit) ** tokens
-    return Traffic(
+    traffic = Traffic(
         messages={link: count * filled for link, count in others.items()},
         copies={link: count * tokens * copies for link, count in others.items()},
         kept=tokens * copies,
     )
+    return Level(traffic, traffic)
 
 
-def expected_alltoall(shape: Shape, ranks: int, per_node: int) -> Traffic:
+def expected_alltoall(shape: Shape, ranks: int, per_node: int) -> Level:
     """A copy for each of a token's experts."""
     assert shape.experts % ranks == 0
     hit = hit_probability(shape.experts, shape.experts // ranks, shape.topk)
@@ -220,7 +229,7 @@ def expected_alltoall(shape: Shape, ranks: int, per_node: int) -> Traffic:
     return _expected(shape.tokens, hit, shape.topk / ranks, others)
 
 
-def expected_grouped(shape: Shape, ranks: int, per_node: int) -> tuple[Traffic, Traffic]:
+def expected_grouped(shape: Shape, ranks: int, per_node: int) -> tuple[Level, Level]:
     """Between nodes once a node; inside the node, with the tokens of that place in all nodes, once a rank."""
     assert shape.experts % ranks == 0
     nodes = ranks // per_node
@@ -231,13 +240,13 @@ def expected_grouped(shape: Shape, ranks: int, per_node: int) -> tuple[Traffic, 
     return first, second
 
 
-def exact_alltoall(map_PTE: np.ndarray, per_node: int) -> list[Traffic]:
+def exact_alltoall(map_PTE: np.ndarray, per_node: int) -> list[Level]:
     """What every rank sends for a routing map, [ranks, tokens of a rank, experts] of bool."""
     ranks, tokens, _ = map_PTE.shape
     return _from_pairs(map_PTE.reshape(ranks, tokens, ranks, -1).sum((1, 3)), per_node)
 
 
-def exact_grouped(map_PTE: np.ndarray, per_node: int) -> tuple[list[Traffic], list[Traffic]]:
+def exact_grouped(map_PTE: np.ndarray, per_node: int) -> list[tuple[Level, Level]]:
     """The same of `grouped`, both levels."""
     ranks, tokens, _ = map_PTE.shape
     nodes = ranks // per_node
@@ -250,24 +259,23 @@ def exact_grouped(map_PTE: np.ndarray, per_node: int) -> tuple[list[Traffic], li
         first[source, relay] += to_node_PN[source, target]
         here = slice(target * per_node, (target + 1) * per_node)
         second[relay, here] += to_rank_PTP[source, :, here].sum(0)
-    return _from_pairs(first, per_node), _from_pairs(second, per_node)
+    return list(zip(_from_pairs(first, per_node), _from_pairs(second, per_node), strict=True))
 
 
-def _from_pairs(copies_PP: np.ndarray, per_node: int) -> list[Traffic]:
-    ranks = len(copies_PP)
-    node = np.arange(ranks) // per_node
-    traffic = []
-    for rank in range(ranks):
-        classes = {INSIDE: node == node[rank], BETWEEN: node != node[rank]}
-        classes[INSIDE][rank] = False
-        traffic.append(
-            Traffic(
-                messages={link: int((copies_PP[rank, which] > 0).sum()) for link, which in classes.items()},
-                copies={link: int(copies_PP[rank, which].sum()) for link, which in classes.items()},
-                kept=int(copies_PP[rank, rank]),
-            )
-        )
-    return traffic
+def _from_pairs(copies_PP: np.ndarray, per_node: int) -> list[Level]:
+    back_PP = copies_PP.T
+    return [Level(*(_of_rank(pairs, rank, per_node) for pairs in (copies_PP, back_PP))) for rank in range(len(back_PP))]
+
+
+def _of_rank(copies_PP: np.ndarray, rank: int, per_node: int) -> Traffic:
+    node = np.arange(len(copies_PP)) // per_node
+    classes = {INSIDE: node == node[rank], BETWEEN: node != node[rank]}
+    classes[INSIDE][rank] = False
+    return Traffic(
+        messages={link: int((copies_PP[rank, which] > 0).sum()) for link, which in classes.items()},
+        copies={link: int(copies_PP[rank, which].sum()) for link, which in classes.items()},
+        kept=int(copies_PP[rank, rank]),
+    )
 
 
 # ---- collectives of a dispatcher, and their time
@@ -283,61 +291,62 @@ def _send(name: str, traffic: Traffic, row: float, packed_rows: float = 0.0) -> 
     )
 
 
-def alltoall(shape: Shape, ranks: int, per_node: int, traffic: Traffic | None = None) -> list[Collective]:
+def alltoall(shape: Shape, ranks: int, per_node: int, level: Level | None = None) -> list[Collective]:
     """Dispatch and combine of megatron-core's alltoall dispatcher, as one rank sees them.
 
     Args:
         shape: what a rank has.
         ranks: P.
         per_node: m.
-        traffic: that of `exact_alltoall`; default: what is expected.
+        level: one of `exact_alltoall`; default: what is expected.
     """
-    traffic = traffic or expected_alltoall(shape, ranks, per_node)
+    level = level or expected_alltoall(shape, ranks, per_node)
     nodes = ranks // per_node
-    # All ranks learn how many tokens each sends to each expert. Every node must receive what the others have, over as
-    # many rings as it has ranks.
-    table = ranks * shape.experts * COUNT_BYTES
+    # All ranks learn how many tokens each sends to each expert: an all-gather, in rings of which each leaves a node by
+    # another rank.
+    passed = (ranks - 1) * shape.experts * COUNT_BYTES
+    leaving = 1 / per_node if nodes > 1 else 0.0
     counts = Collective(
         name="counts",
         messages={INSIDE: ranks - nodes, BETWEEN: nodes - 1},
-        bytes={INSIDE: table * (per_node - 1) / per_node, BETWEEN: table * (nodes - 1) / nodes / per_node},
+        bytes={INSIDE: passed * (1 - leaving), BETWEEN: passed * leaving},
         in_turn=True,
     )
     # Sorted by expert before and, where a rank has more than one, after the exchange; and back again.
     rows = shape.tokens * shape.topk * (2 if shape.experts > ranks else 1)
     return [
         counts,
-        _send("dispatch", traffic, shape.row, rows),
-        _send("dispatch weights", traffic, WEIGHT_BYTES),
-        _send("combine", traffic, shape.row, rows),
+        _send("dispatch", level.there, shape.row, rows),
+        _send("dispatch weights", level.there, WEIGHT_BYTES),
+        _send("combine", level.back, shape.row, rows),
     ]
 
 
-def grouped(shape: Shape, ranks: int, per_node: int, levels: tuple[Traffic, Traffic] | None = None) -> list[Collective]:
+def grouped(shape: Shape, ranks: int, per_node: int, levels: tuple[Level, Level] | None = None) -> list[Collective]:
     """The same of `megatron_moe/moe/dispatch/grouped.py`. A level that has one destination is left out.
 
     Args:
         shape: what a rank has.
         ranks: P.
         per_node: m.
-        levels: those of `exact_grouped`; default: what is expected.
+        levels: a rank's of `exact_grouped`; default: what is expected.
     """
     nodes = ranks // per_node
     first, second = levels or expected_grouped(shape, ranks, per_node)
-    used = [level for level in ((BETWEEN, first, nodes), (INSIDE, second, per_node)) if level[2] > 1]
+    used = [part for part in ((BETWEEN, first, nodes), (INSIDE, second, per_node)) if part[2] > 1]
     dispatch, combine, counts, reached = [], [], [], 1
-    for link, traffic, size in used:
+    for link, level, size in used:
         reached *= size
         # For each destination the rows for it and, of each rank behind it, the rows and the assignments.
         behind = ranks // reached
         numbers = 2 if behind == 1 else 1 + 2 * behind
         sent = (size - 1) * numbers * COUNT_BYTES
         counts.append(Collective(name=f"counts {link}", messages={link: size - 1}, bytes={link: sent}))
-        copied = sum(traffic.copies.values()) + traffic.kept
+        copied = sum(level.there.copies.values()) + level.there.kept
         # A row travels with its weights for all experts behind the destination.
         weights = shape.experts // reached * WEIGHT_BYTES
-        dispatch.append(_send(f"dispatch {link}", traffic, shape.row + weights, copied))
-        combine.insert(0, _send(f"combine {link}", traffic, shape.row, copied))
+        dispatch.append(_send(f"dispatch {link}", level.there, shape.row + weights, copied))
+        combine.insert(0, _send(f"combine {link}", level.back, shape.row, copied))
     # Rows are copied for the experts of their rank, and the outputs of these are summed.
     packed = 4.0 * shape.tokens * shape.topk * shape.row
     experts = Collective(name="experts", messages={}, bytes={}, packed=packed, local=True)
