@@ -46,8 +46,9 @@ class Fan:
         if self.starts_N is None and places == self.rows:
             return y_RH.index_select(0, self.places_R)
         if y_RH.device.type == "cpu" and y_RH.dtype.itemsize == 2:
-            # The other way rounds halves up here (FBGEMM); this adds in fp32, in order, and rounds to even.
-            return y_RH.new_zeros((self.rows, y_RH.shape[1])).index_add_(0, self.source_R, y_RH)
+            # The other way rounds halves up here (FBGEMM); this adds in fp32, in order, and rounds to even. With int32
+            # it would not: it rounds after each row, and takes three times as long.
+            return y_RH.new_zeros((self.rows, y_RH.shape[1])).index_add_(0, self.source_R.long(), y_RH)
         starts_N = self.starts_N
         if starts_N is None:
             starts_N = torch.arange(0, places, places // self.rows, dtype=torch.int32, device=y_RH.device)
