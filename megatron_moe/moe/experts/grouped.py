@@ -58,6 +58,11 @@ class ExpertLinear(torch.nn.Module):
             # Every rank of the expert's group sees all its tokens, so every rank has the whole gradient already.
             self.bias.sequence_parallel = False  # type: ignore[attr-defined]
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias. Called for them, a module runs its hooks: with --overlap-param-gather one of them waits for
+        the weights to arrive (`distributed/distributed_data_parallel.py:_make_forward_pre_hook`)."""
+        return self.weight, self.bias
+
 
 class GroupedExperts(MegatronModule):
     """All experts of a rank.
@@ -106,9 +111,8 @@ class GroupedExperts(MegatronModule):
             x_RH = (probs_R.unsqueeze(-1) * x_RH).to(x_RH.dtype)
             probs_R = torch.ones_like(probs_R)
         ends_E = tokens_per_expert.to(x_RH.device, non_blocking=True).cumsum(dim=0, dtype=torch.int32)
-        fc1, fc2 = self.linear_fc1, self.linear_fc2
         math = ExpertMath(self.activation, self._dropout, self.tp_group.size(), keep=torch.is_grad_enabled())
-        weights = ExpertWeights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        weights = ExpertWeights(*self.linear_fc1(), *self.linear_fc2())
         return expert_mlp(x_RH.contiguous(), probs_R, ends_E, self._mask(x_RH), weights, math), None
 
     @property
