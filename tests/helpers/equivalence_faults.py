@@ -44,9 +44,14 @@ def double_an_expert(trainer: Any) -> None:
     """The first expert of the first layer with experts, first matrix: found by the weights and by the norm."""
     from megatron.core import parallel_state
 
-    chosen = parameters(trainer, "local_experts.0.linear_fc1.weight")[:1]
+    # Of all experts of the rank together.
+    chosen = parameters(trainer, ".experts.linear_fc1.weight")[0]
+
+    def double() -> None:
+        chosen.main_grad[0].mul_(2)
+
     if parallel_state.get_expert_model_parallel_rank() == 0:
-        change_gradients(trainer, lambda: [p.main_grad.mul_(2) for p in chosen] and None, after=True)
+        change_gradients(trainer, double, after=True)
 
 
 def double_all_experts(trainer: Any) -> None:
@@ -86,11 +91,9 @@ def residual_not_reduced(trainer: Any) -> None:
 
 def bias_on_every_rank(trainer: Any) -> None:
     """Upstream under expert tensor parallelism: an expert's output bias is added once per rank."""
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
+    from megatron_moe.moe.experts import functions
 
-    from megatron_moe.moe.experts.sequential import ExpertRowParallelLinear
-
-    ExpertRowParallelLinear.forward = RowParallelLinear.forward  # type: ignore[method-assign]
+    functions._with_share_of_bias = lambda weights, math: weights
 
 
 def tied_embeddings_apart(trainer: Any) -> None:

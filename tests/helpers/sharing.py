@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_moe.moe.inputs import RoutingInputs, pack_inputs, unpack_inputs
 from tests.helpers.distributed import run_ranks
 from tests.helpers.equivalence import SMOOTH_ADAM
+from tests.helpers.experts import by_expert, expert_of, naive_mlp
+from tests.helpers.experts import expert as expert_of_layer
 from tests.helpers.models import Trained, assemble, assert_close, perturb, train_and_gather
 from tests.helpers.tiny import data_flags, tiny_run
 
@@ -63,11 +65,6 @@ def packed_inputs(first_sample: int = 5) -> Tensor:
     return pack_inputs(tokens_BS, torch.arange(first_sample, first_sample + B))
 
 
-def naive_expert(mlp: Any, x: Tensor) -> Tensor:
-    hidden = F.gelu(F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias))
-    return F.linear(hidden, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
-
-
 class Compared(NamedTuple):
     """A layer beside a loop over tokens and experts."""
 
@@ -89,7 +86,15 @@ def compare(layer: Any, route: Callable[[Tensor, RoutingInputs], Routes]) -> Com
     out, _ = layer(x, padding_mask=packed_inputs())
     load = layer.router.take_load().int().tolist()
     parameters = dict(layer.named_parameters())
-    ours = torch.autograd.grad((out * probe).sum(), [x, *parameters.values()], allow_unused=True)
+
+    def gradients(output: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        wanted = {"input": tokens, **parameters}
+        found = torch.autograd.grad(
+            (output * probe).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True
+        )
+        return {"output": output} | by_expert(dict(zip(wanted, found, strict=True)))
+
+    ours = gradients(out, x)
     y = x.detach().requires_grad_()
     tokens_NH = y.reshape(N, H)
     routes = route(F.linear(tokens_NH, layer.router.weight), unpack_inputs(packed_inputs()))
@@ -97,17 +102,13 @@ def compare(layer: Any, route: Callable[[Tensor, RoutingInputs], Routes]) -> Com
     for token, experts in zip(tokens_NH, routes, strict=True):
         total = torch.zeros(H)
         for expert, weight in experts:
-            total = total + weight * naive_expert(layer.experts.local_experts[expert], token)
+            total = total + weight * naive_mlp(expert_of_layer(layer.experts, expert), token)
             expected_load[expert] += 1
         outputs.append(total)
     expected = torch.stack(outputs).reshape(S, B, H)
-    theirs = torch.autograd.grad((expected * probe).sum(), [y, *parameters.values()], allow_unused=True)
-    errors, sizes = {}, {}
-    for name, a, b in zip(["output", "input", *parameters], [out, *ours], [expected, *theirs], strict=True):
-        zero = torch.zeros(())
-        a, b = zero if a is None else a, zero if b is None else b
-        sizes[name] = float(b.abs().max())
-        errors[name] = float((a - b).abs().max() / max(sizes[name], 1e-3))
+    theirs = gradients(expected, y)
+    sizes = {name: float(tensor.abs().max()) for name, tensor in theirs.items()}
+    errors = {name: float((ours[name] - theirs[name]).abs().max() / max(sizes[name], 1e-3)) for name in theirs}
     return Compared(errors, sizes, load, expected_load, alone=sum(not experts for experts in routes))
 
 
@@ -116,7 +117,7 @@ def assert_equals_the_loop(result: Compared) -> None:
     assert result.load[:-2] == result.expected_load
     # What is compared is there: only an expert without tokens has no gradient.
     for key, size in result.sizes.items():
-        if "local_experts" not in key:
+        if expert_of(key) is None:
             assert size > 1e-3, key
 
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.validate import validate
 from tests.helpers.distributed import run_ranks
+from tests.helpers.experts import expert
 from tests.helpers.sharing import (
     FULL,
     OF_MOE,
+    H,
     assert_resumes_bit_for_bit,
     build_layer,
     hidden_states,
@@ -27,38 +29,58 @@ SHARE = 0.3
 DROPOUT = {"moe_expert_dropout": SHARE}
 
 
-def in_an_expert() -> dict[str, Any]:
+def drawn_by(experts: Any, rows: int) -> Tensor:
+    """What the next rows of the first expert are multiplied by, [rows, F]."""
+    if hasattr(experts, "local_experts"):
+        second = experts.local_experts[0].linear_fc2
+        return second._dropout(torch.ones(rows, second.weight.shape[1]))
+    return experts._mask(torch.empty(rows, H)) / (1 - SHARE)
+
+
+def in_an_expert(backend: str) -> dict[str, Any]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     start()
-    layer = build_layer(**DROPOUT)
-    second = layer.experts.local_experts[0].linear_fc2
-    activation = torch.ones(2000, second.weight.shape[1], requires_grad=True)
+    layer = build_layer(**DROPOUT, moe_expert_backend=backend)
+    rows = torch.randn(2000, H, requires_grad=True)
+    one = expert(layer.experts, 0)
+    wanted = [rows, *layer.experts.parameters()]
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, _ = layer.experts(rows, torch.tensor([len(rows), 0, 0, 0]), torch.ones(len(rows)))
+        return out, torch.autograd.grad(out.square().sum(), wanted, materialize_grads=True, allow_unused=True)
+
     states = get_cuda_rng_tracker().get_states()
-    out, _ = second(activation)
-    (gradient,) = torch.autograd.grad(out.sum(), activation)
-    mask = (gradient / second.weight.sum(dim=0)).detach()
+    out, gradients = run()
     get_cuda_rng_tracker().set_states(states)
-    again, _ = second(activation)
+    again, _ = run()
+    get_cuda_rng_tracker().set_states(states)
+    mask = drawn_by(layer.experts, len(rows))
+    first, second = one.linear_fc1, one.linear_fc2
+    masked = F.linear(F.gelu(F.linear(rows, first.weight, first.bias)) * mask, second.weight, second.bias)
+    expected = torch.autograd.grad(masked.square().sum(), wanted, materialize_grads=True, allow_unused=True)
     before = torch.get_rng_state()
-    second(activation)
+    run()
     untouched = torch.equal(before, torch.get_rng_state())
     x = hidden_states()
-    plain = build_layer()
+    plain = build_layer(moe_expert_backend=backend)
     plain.load_state_dict(layer.state_dict())
-    trained, quiet, wanted = layer(x)[0], layer.eval()(x)[0], plain(x)[0]
+    trained, quiet, without = layer(x)[0], layer.eval()(x)[0], plain(x)[0]
     return {
         "mask": mask,
-        "masked": torch.allclose(out, F.linear(activation * mask, second.weight), atol=1e-4),
+        "masked": torch.allclose(out, masked, atol=1e-4),
+        # Relative to the largest value of each: sums over 2000 rows.
+        "gradients": all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(gradients, expected, strict=True)),
         "same state, same mask": torch.equal(out, again),
         "default generator untouched": untouched,
-        "evaluation is plain": torch.equal(quiet, wanted),
-        "training is not": not torch.equal(trained, wanted),
+        "evaluation is plain": torch.equal(quiet, without),
+        "training is not": not torch.equal(trained, without),
     }
 
 
-def test_drops_that_share_and_scales_the_rest() -> None:
-    found = run_ranks(1, in_an_expert)[0]
+@pytest.mark.parametrize("backend", ["grouped", "sequential"])
+def test_drops_that_share_and_scales_the_rest(backend: str) -> None:
+    found = run_ranks(1, in_an_expert, backend)[0]
     mask: Tensor = found.pop("mask")
     kept = mask > 0.5
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - SHARE)), rtol=1e-3, atol=0)
@@ -79,8 +101,7 @@ def drawn(sizes: dict[str, int]) -> Tensor:
     run = tiny_run(vocab_size=100, **DROPOUT, **sizes)
     distributed.start(run.parallel)
     set_seeds(1)
-    second = moe_layers(build_model(run)[0].train())[0].experts.local_experts[0].linear_fc2
-    return second._dropout(torch.ones(50, 40))
+    return drawn_by(moe_layers(build_model(run)[0].train())[0].experts, 50)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
 from tests.helpers.distributed import run_ranks
+from tests.helpers.experts import by_expert, expert_of, naive_mlp
+from tests.helpers.experts import expert as expert_of_layer
 from tests.helpers.models import perturb
 from tests.helpers.tiny import tiny_run
 
@@ -124,16 +126,6 @@ def hidden_states() -> Tensor:
 # ---- the reference
 
 
-def naive_mlp(mlp: Any, x: Tensor, swiglu: bool) -> Tensor:
-    h = F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
-    if swiglu:
-        gate, up = h.chunk(2, dim=-1)
-        h = F.silu(gate) * up
-    else:
-        h = F.gelu(h)
-    return F.linear(h, mlp.linear_fc2.weight, mlp.linear_fc2.bias)
-
-
 def naive_expert_residual(network: Any, out: Tensor, weight: Tensor | float) -> Tensor:
     deep = out
     for block in network.children():
@@ -198,7 +190,7 @@ def naive_layer(layer: Any, run: Any, x: Tensor) -> tuple[Tensor, list[int], int
     for token, route in zip(tokens, routes, strict=True):
         out = torch.zeros(H)
         for expert, weight in route:
-            out = out + weight * naive_mlp(layer.experts.local_experts[expert], token, swiglu)
+            out = out + weight * naive_mlp(expert_of_layer(layer.experts, expert), token, swiglu)
             load[expert] += 1
         if run.moe.use_expert_residual_network:
             largest = max((weight for _, weight in route), key=float, default=0.0)
@@ -231,22 +223,21 @@ def compare(flags: dict[str, Any]) -> dict[str, Any]:
     out, bias = layer(x)
     assert bias is None
     counters = layer.router.take_load().int().tolist()
-    names = ["input", *(name for name, _ in layer.named_parameters())]
-    wanted = [x, *layer.parameters()]
-    ours = [out, *torch.autograd.grad((out * probe).sum(), wanted, allow_unused=True)]
+    parameters = dict(layer.named_parameters())
+
+    def gradients(output: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        wanted = {"input": tokens, **parameters}
+        found = torch.autograd.grad(
+            (output * probe).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True
+        )
+        return {"output": output} | by_expert(dict(zip(wanted, found, strict=True)))
+
+    ours = gradients(out, x)
     y = x.detach().requires_grad_()
     expected, load, dropped = naive_layer(layer, run, y)
-    theirs = [expected, *torch.autograd.grad((expected * probe).sum(), [y, *wanted[1:]], allow_unused=True)]
-    errors = {}
-    for name, a, b in zip(["output", *names], ours, theirs, strict=True):
-        if a is None or b is None:
-            # An expert without tokens: no gradient, or one of zeros.
-            errors[name] = max((float(part.abs().max()) for part in (a, b) if part is not None), default=0.0)
-        else:
-            errors[name] = float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
-    sizes = {
-        name: 0.0 if b is None else float(b.abs().max()) for name, b in zip(["output", *names], theirs, strict=True)
-    }
+    theirs = gradients(expected, y)
+    sizes = {name: float(tensor.abs().max()) for name, tensor in theirs.items()}
+    errors = {name: float((ours[name] - theirs[name]).abs().max() / max(sizes[name], 1e-3)) for name in theirs}
     return {"errors": errors, "sizes": sizes, "load": counters, "expected load": [*load, dropped, 0]}
 
 
@@ -269,8 +260,8 @@ def test_equals_a_loop_over_tokens(name: str, compared: dict[str, dict[str, Any]
     assert any(key.startswith("residual.") for key in result["errors"]) == residual
     # What is compared is there: only an expert without tokens has no gradient.
     for key, size in result["sizes"].items():
-        if "local_experts" in key:
-            expert = int(key.split("local_experts.")[1].split(".")[0])
+        expert = expert_of(key)
+        if expert is not None:
             assert (size > 0) == (result["load"][expert] > 0), key
         else:
             assert size > 1e-3, key
