@@ -124,6 +124,7 @@ ROTARY = {
     "mlp_type": "standard",
     "moe_router_topk": 2,
 }
+FEW_EXPERTS = {"num_experts": (2, 8)}
 DENSE = {"num_experts": None, "expert_interval": 1, "mlp_type": "standard"}
 
 FULL = {"moe_expert_capacity_factor": 1.0}
@@ -151,6 +152,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "pyramid-residual": SMOOTH_ADAM,
     "rotary": ROTARY | SMOOTH_ADAM,
     "shared expert": ROTARY | SMOOTH_ADAM | {"moe_shared_expert_intermediate_size": 24},
+    "few experts": FEW_EXPERTS | SMOOTH_ADAM,
+    "few experts, top-2": ROTARY | FEW_EXPERTS | SMOOTH_ADAM,
+    "by domain": SMOOTH_ADAM
+    | {"router": "random-routed", "num_domains": 2, "moe_token_dispatcher_type": "grouped"}
+    | {"moe_domain_grouped": True},
     "dense": DENSE | SMOOTH_ADAM,
     "one micro-batch": SMOOTH_ADAM | {"micro_batch_size": 8, "moe_aux_loss_coeff": 0.0},
     "default epsilon": {},
@@ -160,8 +166,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """Flags of the run that each group of cells is compared with, which is always one process:
 pyramid-residual: learned positions, LayerNorm, GELU, biases, tied embeddings, top-1 of 4 and of 8 experts beside a
 residual MLP in layers 2 and 4, auxiliary loss. rotary: rotary positions, RMSNorm, SwiGLU, no biases, grouped queries,
-norms of queries and keys, untied embeddings, top-2. one micro-batch: the whole batch in one pass; without the auxiliary
-loss, which is a product of two means over a micro-batch and so not additive."""
+norms of queries and keys, untied embeddings, top-2. few experts: 2 and 8 of them, so that a layer has fewer than
+there are ranks. by domain: sequences go to the ranks of their domain's experts. one micro-batch: the whole batch in one
+pass; without the auxiliary loss, which is a product of two means over a micro-batch and so not additive."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2 DP2": (4, {CONTEXT: 2}),
     "CP2 EP2": (2, {CONTEXT: 2, EXPERT: 2}),
     "TP2 EP2 ETP1": (2, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
+    "TP2 EP4 ETP1": (4, {TENSOR: 2, EXPERT: 4, EXPERT_TENSOR: 1}),
+    "CP2 EP4": (4, {CONTEXT: 2, EXPERT: 4}),
     "TP2 EP2 ETP1 DP2": (4, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
     "TP2 EP2 ETP2": (4, {TENSOR: 2, EXPERT: 2}),
     "PP2 EP2": (4, {PIPELINE: 2, EXPERT: 2}),
@@ -167,6 +169,50 @@ def dispatchers() -> list[Cell]:
     ]
 
 
+def experts() -> list[Cell]:
+    """What computes the experts: the loop, against the stacked weights that all other cells have."""
+    loop = {"moe_expert_backend": "sequential"}
+    layouts = ["one process", "EP2", "ETP2", "TP2 EP2 ETP2", "PP2 EP2"]
+    return [
+        *cells("experts", "sequential", loop, layouts),
+        *cells("experts", "sequential, top-2, SwiGLU", loop, ["one process", "EP4", "TP2 EP2 ETP1"], "rotary"),
+        *cells("experts", "sequential, ZeRO-1", {**loop, **ZERO1}, ["EP2 DP4"]),
+    ]
+
+
+def node(ranks: int) -> dict[str, Any]:
+    """The grouped dispatcher on nodes of so many ranks."""
+    return {"moe_token_dispatcher_type": "grouped", "ranks_per_node": ranks}
+
+
+def grouped_exchange() -> list[Cell]:
+    """The exchange between and inside of nodes, and by domain."""
+    group = "grouped all-to-all"
+    return [
+        *cells(group, "nodes of 1", node(1), ["one process", "EP4", "TP2 EP2 ETP1"]),
+        *cells(group, "nodes of 2", node(2), ["EP2", "EP4", "CP2 EP2", "PP2 EP2", "TP2 EP2 ETP2"]),
+        *cells(group, "nodes of 2, top-2", node(2), ["EP4", "TP2 PP2 EP2 ETP1"], "rotary"),
+        *cells(group, "nodes of 2, full recompute", node(2) | full("uniform", 1), ["EP4"]),
+        *cells(group, "nodes of 4", node(4), ["EP4", "EP2 DP4"]),
+        *cells(group, "by domain", {}, ["EP2", "EP2 DP4", "PP2 EP2"], "by domain"),
+    ]
+
+
+def few_experts() -> list[Cell]:
+    """A layer with fewer experts than expert-parallel ranks, which hold copies of them."""
+    group, model = "fewer experts than ranks", "few experts"
+    gather = {"moe_token_dispatcher_type": "allgather"}
+    return [
+        *cells(group, "", {}, ["EP4", "TP2 EP4 ETP1", "CP2 EP4"], model),
+        *cells(group, "top-2", {}, ["EP4", "TP2 EP4 ETP1"], "few experts, top-2"),
+        *cells(group, "ZeRO-1", ZERO1, ["EP4"], model),
+        *cells(group, "ZeRO-1, overlapped", OVERLAP, ["EP4"], model),
+        *cells(group, "full recompute", full("uniform", 1), ["EP4"], model),
+        *cells(group, "nodes of 2", node(2), ["EP4"], model),
+        *cells(group, "allgather", gather, ["EP4"], model),
+    ]
+
+
 def sequence_parallel() -> list[Cell]:
     """A dense model, which may go without; with experts under tensor parallelism it is always on."""
     on, off = {"sequence_parallel": True}, {"sequence_parallel": False}
@@ -231,6 +277,9 @@ def all_cells() -> list[Cell]:
         *recompute(),
         *accumulation(),
         *dispatchers(),
+        *experts(),
+        *grouped_exchange(),
+        *few_experts(),
         *sequence_parallel(),
         *second_model(),
         *default_epsilon(),
@@ -250,6 +299,9 @@ REFUSED_SWITCHES: dict[str, dict[str, Any]] = {
     "attention weights reused across pipeline stages": {"attention_weight_reuse_prob": 0.5, PIPELINE: 2},
     "keys and values shared across pipeline stages": {"cla_share_factor": 4, PIPELINE: 2},
     "recycling without a capacity": {"router": "recycle"},
+    "3 experts on 2 ranks": {EXPERT: 2, "num_experts": (3, 8)},
+    "nodes of other sizes with another dispatcher": {"ranks_per_node": 2},
+    "domains apart with another router": {"moe_domain_grouped": True, "moe_token_dispatcher_type": "grouped"},
     "a gate's flag with a router that has none": {"router": "hash", "moe_z_loss_coeff": 1e-3},
 }
 """Switches that the configuration does not allow on a CPU, each with an error."""
