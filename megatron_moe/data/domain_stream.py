@@ -42,6 +42,15 @@ class DomainStream(Dataset[Sample]):
         """Samples that every domain holds, of all its files."""
         return [sum(stream.epoch_sizes) for stream in self._streams]
 
+    def describe(self) -> str:
+        """How often each domain comes around, for the start of a run."""
+        names = self.domain_names or ()
+        parts = [
+            f"{names[domain]} {share} of {len(self._turns)} (an epoch is {size} samples)"
+            for domain, (share, size) in enumerate(zip(self._shares, self.epoch_sizes, strict=True))
+        ]
+        return f"every step reads {', '.join(parts)}"
+
     def locate(self, position: int) -> tuple[int, int]:
         """Domain of sample `position`, and its number in the domain's own stream."""
         period, place = divmod(position, len(self._turns))

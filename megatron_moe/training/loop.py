@@ -29,6 +29,7 @@ from megatron_moe.data.datasets import (
     build_eval_iterator,
     with_domain_names,
 )
+from megatron_moe.data.domain_stream import DomainStream
 from megatron_moe.data.sample_stream import change_of_data
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.model.flops import training_flops_per_token
@@ -289,6 +290,8 @@ class Trainer:
         if expert_layout(self.run).has_copies(parallel.expert_model_parallel_size):
             spread = expert_layout(self.run).describe_spread(parallel.expert_model_parallel_size)
             reporter.say(f"on each rank of layer {spread}")
+        if isinstance(self.datasets.train, DomainStream):
+            reporter.say(self.datasets.train.describe())
         if any(factor != 1.0 for factor in expert_factors(self.run)):
             reporter.say(describe_factors(self.run))
         if progress.step:

@@ -85,6 +85,11 @@ def test_shares_of_domains_are_shares_of_a_step(tmp_path: Path) -> None:
     write(tmp_path, "one", 0)
     stream = stream_of(grouped_on(tmp_path / "one", router_domain_shares=(3, 1, 2), global_batch_size=12))
     assert [int(stream[position]["domains"][0]) for position in range(12)] == [0, 0, 0, 1, 2, 2] * 2
+    sizes = stream.epoch_sizes
+    assert stream.describe() == (
+        f"every step reads a 3 of 6 (an epoch is {sizes[0]} samples), b 1 of 6 (an epoch is {sizes[1]} samples), c "
+        f"2 of 6 (an epoch is {sizes[2]} samples)"
+    )
     places = [stream.locate(position) for position in range(60)]
     for domain, share in enumerate((3, 1, 2)):
         assert [number for owner, number in places if owner == domain] == list(range(share * 10))
