@@ -33,8 +33,9 @@ class Turns:
             self._sides[name], theirs = context.Pipe()
             context.Process(target=_serve, args=(build, theirs), daemon=True).start()
             theirs.close()
-            # One after the other, so that none builds while another is timed.
-            self.facts[name] = self._sides[name].recv()
+        # Nothing is timed before all are built.
+        for name, connection in self._sides.items():
+            self.facts[name] = connection.recv()
 
     def ask(self, side: str, method: str, *args: Any) -> Any:
         """What a method of a side returns."""

@@ -35,6 +35,26 @@ def test_train_step_prints_both_sides_and_that_they_agree(model: str, size: floa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--profile", "--eager"], ["--bf16"]], ids=" ".join)
+def test_moe_prints_every_side_and_that_their_first_losses_agree(flags: list[str]) -> None:
+    command = [sys.executable, "benchmarks/moe.py", "--shape", "tiny", "--steps", "1", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    half = "--bf16" in flags
+    sides = ["ours", "megatron-core", *(["mixtral autocast", "mixtral masters"] if half else ["mixtral"])]
+    assert f"M parameters: {' / '.join(['0.2'] * len(sides))}" in done.stdout
+    for side in sides:
+        variants = [side] if side == "ours" else [f"{side}, {kind} AdamW" for kind in ("plain", "fused")]
+        for variant in variants:
+            assert any(line.startswith(f"  {variant} ") and "tokens/s" in line for line in done.stdout.splitlines())
+        (losses,) = (line for line in done.stdout.splitlines() if line.startswith(f"  losses of {side}:"))
+        # Equal weights, tokens and mathematics: or the ratio means nothing. bf16 keeps 8 bits of every activation.
+        assert float(losses.split()[-1]) < (2e-3 if half else 1e-5), losses
+    assert ("mixtral eager, fused AdamW" in done.stdout) == ("--eager" in flags)
+    assert ("expert GEMMs" in done.stdout and "AdamW   " in done.stdout) == ("--profile" in flags)
+
+
+@pytest.mark.slow
 def test_dedup_rates_prints_every_side_and_what_is_found(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     texts = random_documents(300, 500, seed=1)
