@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
-from megatron_moe.moe.dispatch import replace_dispatcher
+from megatron_moe.moe.dispatch.choose import replace_dispatcher
 from megatron_moe.moe.expert_parallel import layer_groups, mark_copies
 from megatron_moe.moe.expert_residual import ExpertResidual, ExpertResidualSubmodules
 from megatron_moe.moe.inputs import unpack_inputs

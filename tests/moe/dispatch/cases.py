@@ -140,7 +140,7 @@ def make_dispatcher(case: Case, groups: Groups, kind: str) -> Any:
     """`stock`, or one of ours."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from megatron_moe.moe.dispatch import replace_dispatcher
+    from megatron_moe.moe.dispatch.choose import replace_dispatcher
 
     config = make_config(case, "alltoall" if kind == "stock" else kind)
     collection: Any = SimpleNamespace(**{name: groups[name, case.ep, case.etp] for name in ("ep", "expt_tp", "tp_ep")})
