@@ -282,7 +282,7 @@ def table(variants: Sequence[Variant]) -> list[str]:
         megabytes = _mean(sum(call.bytes_inside for call in calls)) / 1e6 + between
         stock = medians.get(("alltoall", variant.topk))
         cells = [variant.dispatcher, str(variant.topk), f"{step * 1e3:.1f}", f"{exchange * 1e3:.1f}"]
-        cells += [f"{exchange / step:.0%}", str(len(calls)), f"{megabytes:.2f}", f"{between:.2f}", f"{bare * 1e3:.1f}"]
+        cells += [f"{exchange / step:.0%}", str(len(calls)), f"{megabytes:.4g}", f"{between:.4g}", f"{bare * 1e3:.1f}"]
         cells += [f"{megabytes / bare:,.0f}", f"{megabytes / exchange:,.0f}", f"{stock / step:.2f}x" if stock else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
