@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from megatron_moe.config.attention import check_attention
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
+from megatron_moe.config.dispatch import check_dispatch
 from megatron_moe.config.domain_placement import check_domain_groups
 from megatron_moe.config.moe import check_expert_parallel
 from megatron_moe.config.routing import check_domains, check_routing
@@ -33,6 +34,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_map(run)
     _check_experts(run, experts_per_layer)
     check_domain_groups(run, experts_per_layer, replicas)
+    check_dispatch(run, experts_per_layer, world_size)
     _check_backends(run)
     _check_routing_embedding(run)
     _check_optimizer(run)

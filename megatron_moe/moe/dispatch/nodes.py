@@ -5,16 +5,14 @@ the l-th rank of the group on its q-th node.
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_moe.config.base import ConfigError
+from megatron_moe.config.dispatch import check_equal_nodes, ranks_by_node
 from megatron_moe.moe.dispatch.counters import Link
 
 
@@ -47,16 +45,8 @@ def node_grid(ranks: Sequence[int], per_node: int) -> NodeGrid:
     Raises:
         ConfigError: nodes hold different numbers of the group's ranks.
     """
-    held = Counter(rank // per_node for rank in ranks)
-    if len(set(held.values())) > 1:
-        world = dist.get_world_size() if dist.is_initialized() else max(ranks) + 1
-        legal = [size for size in range(1, world + 1) if len(set(Counter(r // size for r in ranks).values())) == 1]
-        raise ConfigError(
-            f"--ranks-per-node {per_node}: puts {', '.join(map(str, held.values()))} of the {len(ranks)} ranks of an "
-            f"expert-parallel group on its nodes; --moe-token-dispatcher-type grouped needs equal numbers, as with "
-            f"--ranks-per-node {', '.join(map(str, legal))}"
-        )
-    places = next(iter(held.values()))
+    check_equal_nodes([ranks], per_node, dist.get_world_size() if dist.is_initialized() else max(ranks) + 1)
+    places = ranks_by_node(ranks, per_node)[0]
     return NodeGrid(len(ranks) // places, places)
 
 
@@ -83,6 +73,8 @@ def level_groups(whole: dist.ProcessGroup, grid: NodeGrid, timeout_minutes: int)
     All ranks of `whole` must call this together, as they build their layers; ranks of other groups need not come along
     (a pipeline stage may have no such layer).
     """
+    from megatron.core import parallel_state
+
     if len(grid.levels) == 1:
         return (whole,)
     made = _made.setdefault(whole, {})

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.moe.dispatch.counters import Link, Phase, Traffic, Volume, count_traffic, record
+from megatron_moe.moe.dispatch.nodes import NodeGrid, node_grid
 from tests.helpers.distributed import run_ranks
 from tests.moe.dispatch.cases import Case, H, make_dispatcher, make_groups, make_map, through
 from tests.moe.dispatch.test_dispatchers import start
@@ -206,8 +207,6 @@ def test_counters_nest_and_stop() -> None:
 
 
 def test_a_group_is_nodes_times_places() -> None:
-    from megatron_moe.moe.dispatch.nodes import NodeGrid, node_grid
-
     assert node_grid(range(8), 4) == NodeGrid(2, 4)
     assert node_grid(range(2, 6), 4) == NodeGrid(2, 2)
     assert node_grid(range(8, 16), 4) == NodeGrid(2, 4)
@@ -218,7 +217,5 @@ def test_a_group_is_nodes_times_places() -> None:
 
 
 def test_nodes_of_unequal_size_are_refused() -> None:
-    from megatron_moe.moe.dispatch.nodes import node_grid
-
-    with pytest.raises(ConfigError, match=r"--ranks-per-node 3: puts 3, 3, 2 of the 8 ranks .* 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"--ranks-per-node 3: puts 3, 3, 2 of 8 ranks .* 1, 2, 4, 8$"):
         node_grid(range(8), 3)
