@@ -5,8 +5,8 @@
     torchrun --nnodes 4 --nproc-per-node 8 ... benchmarks/exchange_links.py --save cluster.json
 
 Times all_to_all_single of several sizes in groups of ranks of one node, of ranks of the same place in all nodes, and of
-all ranks: NCCL where there is a GPU, else gloo. Every second size is fitted to, the others say how far the fit can be
-trusted. `benchmarks/exchange_model.py --machine cluster.json` reads what --save writes.
+all ranks: NCCL where every rank has a GPU, else gloo. Every second size is fitted to, the others say how far the fit
+can be trusted. `benchmarks/exchange_model.py --machine cluster.json` reads what --save writes.
 
 All ranks send at the same time, so that what they share (a network card, the cores of a processor) is in the numbers.
 """
@@ -180,12 +180,14 @@ def run_rank(flags: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    cuda = flags.device == "cuda" or (flags.device == "auto" and torch.cuda.is_available())
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= local
+    cuda = flags.device == "cuda" or (flags.device == "auto" and enough)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
-    per_node = flags.ranks_per_node or int(os.environ["LOCAL_WORLD_SIZE"])
+    per_node = flags.ranks_per_node or local
     if int(os.environ["WORLD_SIZE"]) % per_node:
         raise SystemExit(f"error: --ranks-per-node {per_node}: must divide {os.environ['WORLD_SIZE']} ranks")
     dist.init_process_group("nccl" if cuda else "gloo")
@@ -196,6 +198,8 @@ def run_rank(flags: argparse.Namespace) -> None:
         where = torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores"
         basis = f"measured: {backend}, {where}, torch {torch.__version__}, {time.strftime('%d %B %Y')}"
         print(f"{basis}\n{report(timings, flags.sizes)}", flush=True)
+        if not cuda and local > (os.cpu_count() or 1):
+            print(f"{local} ranks share {os.cpu_count()} cores: they wait for one another, which no fit knows")
         if flags.save:
             values = {"ranks_per_node": per_node, "memory": memory, "basis": basis}
             flags.save.write_text(json.dumps(machine(fit_to(timings, flags.sizes), timings) | values, indent=1) + "\n")

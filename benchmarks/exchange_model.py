@@ -12,7 +12,8 @@ Three ways for the tokens of one MoE layer to reach their experts and come back 
   k experts.
 - `grouped`, ours: between nodes a message to the rank of the same place there, each token once for every node that has
   one of its experts; inside the node once for every rank. Results are summed on the way back.
-- `domain`: either of them inside each of D groups of P/D ranks that hold the experts of one domain.
+- `domain`: `grouped` inside each of D groups of P/D ranks that hold the experts of one domain (--moe-domain-grouped,
+  for random routing, which is top-1).
 
 Time of one collective = call + max over link classes of (messages x alpha + bytes x beta): links inside a node and
 between nodes work side by side, what a rank sends over one class of them goes one after the other; plus the bytes that
@@ -32,7 +33,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -334,7 +335,10 @@ def grouped(shape: Shape, ranks: int, per_node: int, levels: tuple[Level, Level]
     nodes = ranks // per_node
     first, second = levels or expected_grouped(shape, ranks, per_node)
     used = [part for part in ((BETWEEN, first, nodes), (INSIDE, second, per_node)) if part[2] > 1]
-    dispatch, combine, counts, reached = [], [], [], 1
+    dispatch: list[Collective] = []
+    combine: list[Collective] = []
+    counts: list[Collective] = []
+    reached = 1
     for link, level, size in used:
         reached *= size
         # For each destination the rows for it and, of each rank behind it, the rows and the assignments.
@@ -366,15 +370,15 @@ def seconds(collectives: list[Collective], machine: Machine) -> float:
 
 
 def compare(shape: Shape, machine: Machine, scales: Sequence[int], domains: int) -> dict[str, list[float]]:
-    """Seconds of dispatch and combine of each way, for every number of ranks; NaN where the domains outnumber ranks."""
+    """Seconds of dispatch and combine of each way, for every number of ranks; NaN where domains cannot be had."""
     m = machine.ranks_per_node
     times: dict[str, list[float]] = {"alltoall": [], "grouped": [], "domain": []}
     for ranks in scales:
         here = shape.at(ranks)
         times["alltoall"].append(seconds(alltoall(here, ranks, m), machine))
         times["grouped"].append(seconds(grouped(here, ranks, m), machine))
-        divides = ranks % domains == 0
-        times["domain"].append(seconds(domain(here, ranks, m, domains), machine) if divides else math.nan)
+        possible = shape.topk == 1 and ranks % domains == 0
+        times["domain"].append(seconds(domain(here, ranks, m, domains), machine) if possible else math.nan)
     return times
 
 
@@ -412,7 +416,7 @@ def table(machine: Machine, shapes: Sequence[Shape], scales: Sequence[int], doma
             cells.append("not" if start is None else f"{start:,}")
         cells += [f"{ratios[1.0][scales.index(ranks)]:.2f}x" for ranks in some]
         times = compare(shape, machine, scales[-1:], domains)
-        cells += [f"{values[0] * 1e3:,.2f}" for values in times.values()]
+        cells += ["" if math.isnan(values[0]) else f"{values[0] * 1e3:,.2f}" for values in times.values()]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -420,14 +424,15 @@ def traffic_table(shapes: Sequence[Shape], ranks: int, per_node: int) -> Iterato
     """Markdown: messages and bytes of one rank, dispatch and combine, without the counts."""
     yield "| top-k | way | messages inside | between nodes | MB inside | between nodes | KB of one with tokens |"
     yield "|---|---|---|---|---|---|---|"
-    for shape, way in itertools.product(shapes, (alltoall, grouped)):
+    ways: dict[str, Callable[[Shape, int, int], list[Collective]]] = {"alltoall": alltoall, "grouped": grouped}
+    for shape, (name, way) in itertools.product(shapes, ways.items()):
         parts = [part for part in way(shape.at(ranks), ranks, per_node) if not part.name.startswith("counts")]
         messages = {link: sum(part.messages.get(link, 0.0) for part in parts) for link in LINKS}
         megabytes = {link: sum(part.bytes.get(link, 0.0) for part in parts) / 1e6 for link in LINKS}
         tokens = next(part for part in parts if part.messages.get(BETWEEN))
         kilobytes = tokens.bytes[BETWEEN] / tokens.messages[BETWEEN] / 1e3
         yield (
-            f"| {shape.topk} | {way.__name__} | {messages[INSIDE]:,.0f} | {messages[BETWEEN]:,.0f} "
+            f"| {shape.topk} | {name} | {messages[INSIDE]:,.0f} | {messages[BETWEEN]:,.0f} "
             f"| {megabytes[INSIDE]:,.1f} | {megabytes[BETWEEN]:,.1f} | {kilobytes:,.0f} |"
         )
 
@@ -474,7 +479,7 @@ def _grid(
 ) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.6 * len(machines) + 1.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11, 2.6 * len(machines) + 1.2), layout="constrained", dpi=100)
     figure.suptitle(f"{title}\nmodel with assumed constants, hidden {shape.hidden}, bf16", fontsize=12)
     grid = figure.subplots(len(machines), len(TOPK), sharex=True, sharey="row" if limits is None else "all")
     grid = np.atleast_2d(grid)

@@ -24,7 +24,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,7 @@ class Clock:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
 
-    def medians(self, sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    def medians(self, sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
         """Of every side, which take turns."""
         taken: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(WARM_UP + repeats):
@@ -288,9 +288,9 @@ def _given_routing(chosen: Tensor, logits: Tensor, padding_mask: Tensor | None =
 def _train_layer(layer: Any, hidden: Tensor, back: Tensor) -> Tensor:
     hidden = hidden.detach().requires_grad_()
     layer.zero_grad(set_to_none=True)
-    output, _ = layer(hidden)
+    output: Tensor = layer(hidden)[0]
     output.backward(back)
-    return output.detach()  # type: ignore[no-any-return]
+    return output.detach()
 
 
 def _check_equal(flags: argparse.Namespace, layers: dict[str, Any], outputs: Sequence[Any]) -> None:

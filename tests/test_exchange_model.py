@@ -101,7 +101,7 @@ def count_exchange(layer: Any, way: str, per_node: int, topk: int) -> dict[str, 
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_moe.moe.dispatch import replace_dispatcher
+    from megatron_moe.moe.dispatch.choose import replace_dispatcher
     from megatron_moe.moe.dispatch.counters import Link, Phase, count_traffic
 
     config = copy.copy(layer.config)
