@@ -10,7 +10,7 @@ from megatron_moe.config.attention import check_attention
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require
 from megatron_moe.config.dispatch import check_dispatch
 from megatron_moe.config.domain_placement import check_domain_groups
-from megatron_moe.config.moe import check_expert_parallel
+from megatron_moe.config.moe import check_expert_parallel, expert_degree
 from megatron_moe.config.routing import check_domains, check_routing
 from megatron_moe.config.run import RunConfig
 
@@ -35,7 +35,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _check_experts(run, experts_per_layer)
     check_domain_groups(run, experts_per_layer, replicas)
     check_dispatch(run, experts_per_layer, world_size)
-    _check_backends(run)
+    _check_backends(run, experts_per_layer)
     _check_routing_embedding(run)
     _check_optimizer(run)
     _check_batch(run, replicas)
@@ -163,14 +163,14 @@ def _check_dense(run: RunConfig) -> None:
                 raise ConfigError(f"{flag_name(name)} {value}: needs --position-embedding-type rope")
 
 
-def _check_backends(run: RunConfig) -> None:
+def _check_backends(run: RunConfig, experts_per_layer: tuple[int, ...]) -> None:
     parallel = run.parallel
     if parallel.context_parallel_size > 1 and run.model.attention_backend == "unfused":
         raise ConfigError(
             f"--attention-backend unfused: must be sdpa with --context-parallel-size {parallel.context_parallel_size}"
         )
     if run.model.transformer_impl == "transformer_engine" and parallel.expert_tensor_size > 1:
-        # transformer_config.py: "Bias in Moe is only supported when ETP==1"; moe/experts/sequential.py lifts it for local experts.
+        # transformer_config.py: "Bias in Moe is only supported when ETP==1"; our own (moe/experts) count it once.
         require(
             run.moe.num_experts is None or run.model.disable_bias_linear,
             "expert_tensor_parallel_size",
@@ -184,14 +184,17 @@ def _check_backends(run: RunConfig) -> None:
         raise ConfigError("--transformer-impl transformer_engine: needs a GPU; with --device cpu it is local")
     if parallel.device == "cpu" and run.moe.moe_token_dispatcher_type == "flex":
         raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; with --device cpu it is alltoall")
-    if run.moe.moe_token_dispatcher_type == "flex":
+    if run.moe.moe_token_dispatcher_type == "flex" and parallel.expert_tensor_size == 1:
         # megatron/core/transformer/moe/token_dispatcher.py:MoEFlexTokenDispatcher.__init__
-        ranks = parallel.tensor_model_parallel_size * parallel.expert_model_parallel_size
+        size = parallel.expert_model_parallel_size
+        alone = [
+            number for number, count in enumerate(experts_per_layer, 1) if count and expert_degree(count, size) == 1
+        ]
         require(
-            ranks > 1,
+            not alone,
             "moe_token_dispatcher_type",
             "flex",
-            "alltoall or allgather when --tensor-model-parallel-size and --expert-model-parallel-size are 1",
+            f"alltoall or allgather where a rank has all experts of a layer, as of layer {', '.join(map(str, alone))}",
         )
 
 

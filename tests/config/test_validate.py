@@ -196,8 +196,14 @@ def test_legal_runs(words: str, world_size: int) -> None:
         (
             MOE + "--moe-token-dispatcher-type flex",
             1,
-            "--moe-token-dispatcher-type flex: must be alltoall or allgather when --tensor-model-parallel-size and "
-            "--expert-model-parallel-size are 1",
+            "--moe-token-dispatcher-type flex: must be alltoall or allgather where a rank has all experts of a layer, "
+            "as of layer 2, 4, 6, 8",
+        ),
+        (
+            BASE + "--num-experts 1 4 4 8 --expert-interval 2 --expert-model-parallel-size 4 "
+            "--moe-token-dispatcher-type flex",
+            4,
+            "where a rank has all experts of a layer, as of layer 2",
         ),
         (
             BASE + "--context-parallel-size 2 --attention-backend unfused",

@@ -64,7 +64,11 @@ CELLS: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
     # Two copies inside of an expert-parallel group, and two such groups.
     "EP2 DP4, ZeRO-1, overlap": ("1, 4, 8 experts", 4, {EXPERT: 2, **OVERLAP}),
-    "TP2 ETP2 EP4, ZeRO-1": ("2, 4, 8 experts", 8, {TENSOR: 2, EXPERT: 4, **ZERO1}),
+    "TP2 ETP2 EP4, ZeRO-1, two nodes": (
+        "2, 4, 8 experts",
+        8,
+        {TENSOR: 2, EXPERT: 4, "moe_token_dispatcher_type": "grouped", "ranks_per_node": 4, **ZERO1},
+    ),
 }
 
 
