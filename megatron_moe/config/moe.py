@@ -98,8 +98,9 @@ class MoEConfig:
     """How tokens travel to their experts' ranks: `grouped` sends a token once to each node and then once to each
     rank inside of it (docs/dispatch.md); `flex`: DeepEP, CUDA only."""
     moe_domain_grouped: bool = False
-    """Keep the tokens of a domain on the ranks that hold its experts: sequences go to those ranks by their domain,
-    and no exchange leaves them (--router random-routed and --moe-token-dispatcher-type grouped)."""
+    """Keep the tokens of a domain on the ranks that hold its experts, so that no exchange leaves them: a sequence holds
+    text of one domain, and goes to those ranks. Domains have their shares of the experts in every step too, however
+    much text they have (--router random-routed and --moe-token-dispatcher-type grouped; docs/dispatch.md)."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -49,8 +49,8 @@ class RoutingConfig:
     """hash, random-routed: how often each token id occurs, written by tools/preprocess_data.py counts. Read when a
     run starts; checkpoints hold the map."""
     router_domain_shares: tuple[int, ...] | None = None
-    """random-routed: experts of each domain, as shares; every layer's count must be a multiple of their sum. Default:
-    equal shares for the --num-domains domains."""
+    """random-routed: experts of each domain, as shares; every layer's count must be a multiple of their sum. With
+    --moe-domain-grouped also its sequences in a step. Default: equal shares for the --num-domains domains."""
     router_embedding_size: int = 64
     """token-embedding: width of the routing embedding."""
     router_embedding_shared: bool = True
