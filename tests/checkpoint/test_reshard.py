@@ -19,14 +19,15 @@ from tests.helpers.training import build_trainer, record_curve, train_curve
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EXPERT, EXPERT_TENSOR = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
-# Both directions, with experts in two, four and one part; 4 and 8 experts.
+SEQUENTIAL = {"moe_expert_backend": "sequential"}
+# Both directions, with experts in two, four and one part; 4 and 8 experts; stacked weights and one module an expert.
 CHAIN: list[tuple[str, int, dict[str, Any]]] = [
     ("tensor 2, expert 2", 4, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
-    ("pipeline 2, expert 2", 4, {PIPELINE: 2, EXPERT: 2}),
+    ("pipeline 2, expert 2", 4, {PIPELINE: 2, EXPERT: 2} | SEQUENTIAL),
     ("expert 4", 4, {EXPERT: 4}),
-    ("one process", 1, {}),
+    ("one process", 1, SEQUENTIAL),
     ("expert 4, distributed optimizer", 4, {EXPERT: 4, "use_distributed_optimizer": True}),
-    ("pipeline 2, interleaved", 2, {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    ("pipeline 2, interleaved", 2, {PIPELINE: 2, "num_layers_per_virtual_pipeline_stage": 1} | SEQUENTIAL),
     ("tensor 2, expert tensor 2, expert 2", 4, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 2}),
     ("tensor 2, expert 2", 4, {TENSOR: 2, EXPERT: 2, EXPERT_TENSOR: 1}),
 ]
@@ -48,7 +49,7 @@ def losses(run: RunConfig) -> list[float]:
 
 
 def test_reshard_there_and_back(tiny_data: Path, tmp_path: Path) -> None:
-    flags = data_flags(tiny_data) | {"tensorboard": False}
+    flags = data_flags(tiny_data) | {"tensorboard": False, "swiglu": True}
     _, world_size, layout = CHAIN[0]
     run_ranks(world_size, train_curve, tiny_run(**flags | layout, train_iters=3, save=str(tmp_path / "0")))
     first = run_ranks(1, whole_tensors, tmp_path / "0")[0]

@@ -52,9 +52,9 @@ def in_an_expert(backend: str) -> dict[str, Any]:
 
     states = get_cuda_rng_tracker().get_states()
     out, gradients = run()
-    get_cuda_rng_tracker().set_states(states)
+    get_cuda_rng_tracker().set_states(dict(states))
     again, _ = run()
-    get_cuda_rng_tracker().set_states(states)
+    get_cuda_rng_tracker().set_states(dict(states))
     mask = drawn_by(layer.experts, len(rows))
     first, second = one.linear_fc1, one.linear_fc2
     masked = F.linear(F.gelu(F.linear(rows, first.weight, first.bias)) * mask, second.weight, second.bias)

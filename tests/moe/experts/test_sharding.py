@@ -61,16 +61,14 @@ def compare(ours: Entries, theirs: Entries) -> list[str]:
     return wrong
 
 
-def both(flags: dict[str, Any]) -> list[Any]:
-    """Grouped and sequential experts of this rank, off their initial values."""
+def both(flags: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Models, and their grouped and sequential experts of this rank, as they start."""
     from megatron_moe.model.gpt import build_model
     from megatron_moe.moe.layer import moe_layers
 
     run = tiny_run(vocab_size=100, moe_expert_backend="grouped", **flags)
     models = [start_model(run), build_model(tiny_run(vocab_size=100, moe_expert_backend="sequential", **flags))]
-    for model in models:
-        perturb(model)
-    return [moe_layers(model)[0].experts for (model,) in models]
+    return models, [moe_layers(model)[0].experts for (model,) in models]
 
 
 def as_transformer_engine(experts: Any) -> dict[str, Any]:
@@ -145,7 +143,10 @@ def _cut_out(function: str) -> Any:
 def on_a_rank(flags: dict[str, Any]) -> dict[str, Any]:
     from megatron_moe.moe.experts.layouts import convert
 
-    grouped, sequential = both(flags)
+    models, (grouped, sequential) = both(flags)
+    start = compare(entries(grouped.sharded_state_dict(PREFIX)), entries(sequential.sharded_state_dict(PREFIX)))
+    for model in models:
+        perturb(model)
     tree = grouped.sharded_state_dict(PREFIX)
     ours = entries(tree)
     marks = ("allreduce", "tensor_model_parallel", "partition_stride", "sequence_parallel")
@@ -165,6 +166,7 @@ def on_a_rank(flags: dict[str, Any]) -> dict[str, Any]:
     sequential.load_state_dict(convert(grouped.state_dict(), "sequential"), strict=True)
     grouped.load_state_dict(sequential.state_dict(), strict=True)
     return {
+        "start": start,
         "sequential": compare(ours, entries(sequential.sharded_state_dict(PREFIX))),
         "te": compare(ours, entries(as_transformer_engine(grouped))),
         "count": len(ours),
@@ -183,7 +185,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_entries_are_upstreams(name: str) -> None:
+def test_weights_start_and_are_kept_as_upstreams(name: str) -> None:
     world_size, flags = CASES[name]
     for rank in run_ranks(world_size, on_a_rank, flags):
         assert rank.pop("count") > 0
