@@ -8,14 +8,16 @@ Every variant is a dispatcher with a top-k: `grouped-2` is `--moe-token-dispatch
 are built in the same ranks, with the same weights and tokens, and take turns step by step, so that whatever else the
 machine does falls on all of them. One thread a rank.
 
-Time in the exchange is that of every collective of the dispatchers, forward and backward, which includes waiting for
-ranks that come later. The bare time is that of the same collectives, of the same sizes and in the same order, with
-nothing between them: what the backend needs to move the bytes. Bytes are those for other ranks; of an all-gather those
-of its part for each of the others, of a reduce-scatter the parts of the others.
+`in exchange` is the time of every collective of the dispatchers, forward and backward. A rank that comes early waits
+there for the others; `all there` is the time from when the last rank of a collective has come to when the last one
+leaves (on one machine only, whose ranks have one clock). `bare` is the time of the same collectives, of the same sizes
+and in the same order, with nothing between them: what the backend needs to move the bytes. Bytes are those for other
+ranks; of an all-gather those of its part for each of the others, of a reduce-scatter the parts of the others.
 """
 
 import argparse
 import inspect
+import math
 import os
 import statistics
 import subprocess
@@ -26,8 +28,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
+from megatron_moe.runtime.launch import run_entry_point
 from megatron_moe.runtime.quiet import silence_third_party_warnings
 
 UNCOUNTED = 2
@@ -43,7 +47,13 @@ class Call:
     """As it was called, with sizes in place of tensors."""
     bytes_inside: int
     bytes_between: int
-    seconds: float
+    began: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """With waiting for other ranks."""
+        return self.ended - self.began
 
     def tensors(self) -> dict[str, Any]:
         """New ones of the same sizes."""
@@ -96,14 +106,14 @@ class Recorder:
             began = time.perf_counter()
             result = function(*args, **kwargs)
             _wait()
-            seconds = time.perf_counter() - began
+            ended = time.perf_counter()
             arguments: dict[str, Any] = {"tensors": {}, "others": {}}
             for key, value in given.arguments.items():
                 if isinstance(value, torch.Tensor):
                     arguments["tensors"][key] = (tuple(value.shape), value.dtype, value.device)
                 else:
                     arguments["others"][key] = value
-            self.calls.append(Call(function, arguments, *self._bytes(name, given.arguments), seconds))
+            self.calls.append(Call(function, arguments, *self._bytes(name, given.arguments), began, ended))
             return result
 
         return call
@@ -143,6 +153,7 @@ class Variant:
     recorder: Recorder
     steps: list[float] = field(default_factory=list)
     exchanges: list[float] = field(default_factory=list)
+    together: list[float] = field(default_factory=list)
     bares: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -160,6 +171,7 @@ class Variant:
         _wait()
         self.steps.append(_most(time.perf_counter() - began))
         self.exchanges.append(_mean(sum(call.seconds for call in self.recorder.calls)))
+        self.together.append(_all_there(self.recorder.calls))
         self.losses.append(result.loss)
         tensors = [call.tensors() for call in self.recorder.calls]
         dist.barrier()
@@ -192,6 +204,8 @@ def build_variant(name: str, topk: int, flags: argparse.Namespace) -> Variant:
 def variant_run(name: str, topk: int, flags: argparse.Namespace, ranks: int) -> RunConfig:
     """The run of a line of the table."""
     dispatcher, _, per_node = name.partition("-")
+    if dispatcher not in ("allgather", "alltoall", "grouped") or not (per_node.isdecimal() or not per_node):
+        raise UserError(f"--dispatchers {name}: must be allgather, alltoall, grouped or grouped-N for nodes of N ranks")
     return build_run(
         {
             "model": {
@@ -268,22 +282,44 @@ def _mean(value: float) -> float:
     return _over_ranks(value, dist.ReduceOp.SUM) / dist.get_world_size()
 
 
+def _all_there(calls: Sequence[Call]) -> float:
+    """Seconds of collectives after the last rank has come to them; mean over ranks. NaN with several clocks."""
+    import torch
+    import torch.distributed as dist
+
+    if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return math.nan
+    device = torch.cuda.current_device()
+    mine = torch.tensor([[call.began, call.ended] for call in calls], dtype=torch.float64, device=device)
+    clocks = torch.empty((dist.get_world_size(), *mine.shape), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(clocks.view(-1, 2), mine)
+    seconds = 0.0
+    for place, call in enumerate(calls):
+        ranks = dist.get_process_group_ranks(call.arguments["others"]["group"])
+        latest_RT = clocks[ranks, place].max(0).values
+        seconds += float(latest_RT[1] - latest_RT[0])
+    return _mean(seconds)
+
+
 def table(variants: Sequence[Variant]) -> list[str]:
     """Markdown; all ranks call it together."""
-    columns = ["dispatcher", "top-k", "step, ms", "exchange, ms", "share of the step", "collectives", "MB for others"]
-    columns += ["of which to other nodes", "bare, ms", "bare MB/s", "MB/s in the step", "step against alltoall"]
+    columns = ["dispatcher", "top-k", "step, ms", "in exchange, ms", "share", "all there, ms", "share", "bare, ms"]
+    columns += ["collectives", "MB for others", "of which to other nodes", "MB/s all there", "bare", "step, alltoall's"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     medians = {(variant.dispatcher, variant.topk): statistics.median(variant.steps[UNCOUNTED:]) for variant in variants}
     for variant in variants:
         step = medians[variant.dispatcher, variant.topk]
-        exchange, bare = (statistics.median(values[UNCOUNTED:]) for values in (variant.exchanges, variant.bares))
+        exchange, there, bare = (
+            statistics.median(values[UNCOUNTED:]) for values in (variant.exchanges, variant.together, variant.bares)
+        )
         calls = variant.recorder.calls
         between = _mean(sum(call.bytes_between for call in calls)) / 1e6
         megabytes = _mean(sum(call.bytes_inside for call in calls)) / 1e6 + between
         stock = medians.get(("alltoall", variant.topk))
-        cells = [variant.dispatcher, str(variant.topk), f"{step * 1e3:.1f}", f"{exchange * 1e3:.1f}"]
-        cells += [f"{exchange / step:.0%}", str(len(calls)), f"{megabytes:.4g}", f"{between:.4g}", f"{bare * 1e3:.1f}"]
-        cells += [f"{megabytes / bare:,.0f}", f"{megabytes / exchange:,.0f}", f"{stock / step:.2f}x" if stock else ""]
+        cells = [variant.dispatcher, str(variant.topk), f"{step * 1e3:.1f}"]
+        cells += [f"{exchange * 1e3:.1f}", f"{exchange / step:.0%}", f"{there * 1e3:.1f}", f"{there / step:.0%}"]
+        cells += [f"{bare * 1e3:.1f}", str(len(calls)), f"{megabytes:.4g}", f"{between:.4g}"]
+        cells += [f"{megabytes / there:,.0f}", f"{megabytes / bare:,.0f}", f"{stock / step:.2f}x" if stock else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -357,4 +393,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -33,9 +33,11 @@ import torch.nn.functional as F
 from sides import random_batch, stock_model
 from torch import Tensor
 
+from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run, load_recipe
+from megatron_moe.runtime.launch import run_entry_point
 from megatron_moe.runtime.quiet import silence_third_party_warnings
 
 WARM_UP = 3
@@ -297,12 +299,12 @@ def _check_equal(flags: argparse.Namespace, layers: dict[str, Any], outputs: Seq
     """Both sides must do the same: equal weights by construction, so equal outputs but for bf16's rounding.
 
     Raises:
-        SystemExit: they are further apart than a sum of `topk` terms, each rounded three times, can be.
+        UserError: they are further apart than a sum of `topk` terms, each rounded three times, can be.
     """
     ours, stock = (output.float() for output in outputs)
     apart = float((ours - stock).norm() / stock.norm())
     if not apart <= 0.02:
-        raise SystemExit(f"error: outputs of {' and '.join(layers)} differ by {apart:.1%} of their norm: no comparison")
+        raise UserError(f"outputs of {' and '.join(layers)} differ by {apart:.1%} of their norm: no comparison")
 
 
 def slice_part(name: str, flags: argparse.Namespace, clock: Clock, rates: Rates) -> list[str]:
@@ -425,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv)
     silence_third_party_warnings()
     if flags.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch sees no GPU here; --device cpu --shrink runs everything small")
+        raise UserError("--device cuda: torch sees no GPU here; --device cpu --shrink runs everything small")
     from megatron_moe.runtime.distributed import start, stop
 
     clock = Clock(start(ParallelConfig(device=flags.device)).device)
@@ -453,4 +455,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)
