@@ -26,7 +26,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_moe.config.moe import check_expert_parallel, expert_degree
+from megatron_moe.config.base import ConfigError
+from megatron_moe.config.moe import expert_degree
 
 type Group = dist.ProcessGroup
 
@@ -52,14 +53,16 @@ def layer_groups(config: Any, whole: ProcessGroupCollection) -> LayerGroups:
         whole: the model's groups.
 
     Raises:
-        ConfigError: the layer's experts can not be spread over the ranks.
+        ConfigError: the layer's experts cannot be spread over the ranks.
     """
     experts, size = config.num_moe_experts, whole.ep.size()
-    check_expert_parallel([experts], size)
     degree = expert_degree(experts, size)
+    if degree is None:
+        raise ConfigError(
+            f"--num-experts {experts}: must be a divisor or a multiple of --expert-model-parallel-size {size}"
+        )
     if degree == size:
         return LayerGroups(whole, None)
-    assert degree is not None
     ranks, rank = dist.get_process_group_ranks(whole.ep), whole.ep.rank()
     first = rank - rank % degree
     same_experts = ranks[rank % degree :: degree]

@@ -430,7 +430,7 @@ def wrong_count() -> str:
 
 def test_a_count_that_cannot_be_shared_out_is_an_error() -> None:
     for message in run_ranks(2, wrong_count):
-        assert message.startswith("--num-experts 5: must be a multiple of --expert-model-parallel-size 2")
+        assert message.startswith("--num-experts 5: must be a divisor or a multiple of --expert-model-parallel-size 2")
 
 
 def test_padding_beyond_the_tokens_there_are_is_refused() -> None:
