@@ -31,6 +31,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(*args, **kwargs)
         self._per_node = ranks_per_node(self.config.ranks_per_node)
         self._wire = Wire(self.ep_group, self._per_node)
+        self._alone = self.tp_size * self.ep_size == 1 and not self.drop_and_pad
         self._permutation: Permutation
         self._chunks: Fan | None = None
 
@@ -54,10 +55,17 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.drop_and_pad:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape = hidden_states.shape
-        self.probs, self.routing_map = probs, routing_map
-        self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        self._sum_type = probs.dtype
         dropless = self.config.moe_expert_capacity_factor is None
+        if self._alone:
+            # Nothing travels, so nothing need reach the host but the number of rows, where that is not known.
+            self.tokens_per_expert = routing_map.sum(dim=0)
+            self.num_out_tokens = (
+                len(routing_map) * self.config.moe_router_topk if dropless else self.tokens_per_expert.sum().item()
+            )
+        else:
+            self.tokens_per_expert = self.preprocess(routing_map)
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         self._permutation = permutation(
             routing_map, int(self.num_out_tokens), self.config.moe_router_topk if dropless else None
         )
@@ -66,6 +74,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_dispatch(self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Rows for this rank's experts, sorted by the rank that they come from, and their weights."""
+        if self._alone:
+            return permutated_local_input_tokens, permuted_probs
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
         send, receive = self._splits(permutated_local_input_tokens)
         rows = exchange_rows(permutated_local_input_tokens, self._wire, send, receive, Phase.DISPATCH)
@@ -78,6 +88,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         self, hidden_states: Tensor, async_finish: bool = True, allocate_on_comm_stream: bool = True
     ) -> Tensor:
         """The experts' rows on the rank whose tokens they are, in the order in which it sent them."""
+        if self._alone:
+            return hidden_states
         send, receive = self._splits(hidden_states)
         return exchange_rows(hidden_states, self._wire, receive, send, Phase.COMBINE)
 
@@ -92,13 +104,15 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         """Received rows sorted by this rank's experts, [G, H], the rows of each of them, and their weights, [G]."""
         if self.drop_and_pad:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
+        if self._alone:
+            return global_input_tokens, self.tokens_per_expert, global_probs
         if self.tp_size > 1:
             sizes = self.output_splits_tp.tolist()
             global_input_tokens = gather_rows(global_input_tokens, self.tp_group, sizes)
             global_probs = gather_rows(global_probs, self.tp_group, sizes)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_2", self.tokens_per_expert)
         self._chunks = None
-        if self.num_local_experts > 1 and self.tp_size * self.ep_size > 1:
+        if self.num_local_experts > 1:
             rows = global_input_tokens.shape[0]
             counts = self.num_global_tokens_per_local_expert.to(global_input_tokens.device, non_blocking=True)
             self._chunks = chunk_order(counts, rows)
@@ -111,11 +125,13 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         """The experts' rows in the order in which they came, [G, H]."""
         if self.drop_and_pad:
             return super().combine_preprocess(hidden_states)
+        if self._alone:
+            return hidden_states
         if self._chunks is not None:
             hidden_states = sum_rows(hidden_states, self._chunks)
         if self.tp_size > 1:
             hidden_states = reduce_scatter_rows(
-                hidden_states, self.tp_group, self.output_splits_tp.tolist(), self.probs.dtype
+                hidden_states, self.tp_group, self.output_splits_tp.tolist(), self._sum_type
             )
         return hidden_states
 

@@ -76,6 +76,7 @@ class GroupedDispatcher(MoETokenDispatcher):
         """Tokens [N, H] as they are, and their weights [N, E] with `NOT_ROUTED` for experts that they do not go to."""
         self.hidden_shape = tokens.shape
         self.routing_map = routing_map
+        self._sum_type = probs.dtype
         return tokens.view(-1, self.hidden_shape[-1]), probs.masked_fill(~routing_map, NOT_ROUTED)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +101,6 @@ class GroupedDispatcher(MoETokenDispatcher):
         map_GL = probs != NOT_ROUTED
         self._permutation = permutation(map_GL, routed)
         rows_RH = copy_rows(hidden_states, self._permutation.fan)
-        self._sum_type = probs.dtype
         return rows_RH, map_GL.sum(dim=0), self._permutation.pick(probs)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
