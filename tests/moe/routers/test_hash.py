@@ -12,8 +12,8 @@ from megatron_moe.config.base import ConfigError
 from megatron_moe.config.validate import validate
 from tests.helpers.distributed import RankFailure, run_ranks
 from tests.helpers.equivalence import SMOOTH_ADAM
+from tests.helpers.experts import by_expert, naive_mlp
 from tests.helpers.experts import expert as expert_of_layer
-from tests.helpers.experts import naive_mlp
 from tests.helpers.models import Trained, assemble, assert_close, shards, start_model, train_and_gather
 from tests.helpers.tiny import data_flags, tiny_run
 from tests.helpers.training import build_trainer, record_curve, train_curve
@@ -37,7 +37,7 @@ def layer_and_loops(topk: int, dispatcher: str) -> dict[str, float]:
     upstream = torch.randn(8, 3, 32)
     output, _ = layer(hidden, padding_mask=pack_inputs(tokens_BS, torch.arange(3)))
     (output * upstream).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    gradients = by_expert({name: p.grad.clone() for name, p in layer.named_parameters()})
     hidden_grad = hidden.grad.clone()
     load = layer.router.take_load()
     # The loops.
@@ -58,8 +58,8 @@ def layer_and_loops(topk: int, dispatcher: str) -> dict[str, float]:
         "output": float((output - expected).detach().abs().max()),
         "hidden": float((hidden_grad - again.grad).abs().max()),
         **{
-            n: float((gradients[n] - (p.grad if p.grad is not None else 0)).abs().max())
-            for n, p in layer.named_parameters()
+            name: float((gradients[name] - gradient).abs().max())
+            for name, gradient in by_expert({name: p.grad for name, p in layer.named_parameters()}).items()
         },
         "load": float((load[:-2] - counted).abs().max()),
         "not made": float(load[-2:].sum()),
