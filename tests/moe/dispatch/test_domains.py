@@ -54,8 +54,9 @@ def pass_through(run: RunConfig, dispatchers: list[dict[str, Any]]) -> list[Pass
     from megatron_moe.runtime.distributed import environment_rank, environment_world_size, start
     from megatron_moe.runtime.seeds import set_seeds
 
-    start(run.parallel)
     rank, ranks = environment_rank(), environment_world_size()
+    validate(run, ranks)
+    start(run.parallel)
     own = next(cut for cut in cut_into_domains(domain_shares(run), ranks) if rank in cut.ranks)
     random = torch.Generator().manual_seed(rank)
     domains_BS = torch.randint(own.domains.start, own.domains.stop, (B, S), generator=random)
@@ -69,7 +70,6 @@ def pass_through(run: RunConfig, dispatchers: list[dict[str, Any]]) -> list[Pass
         domains = mixed_BS if flags.pop("mixed", False) else domains_BS
         inputs = pack_inputs(tokens_BS, torch.arange(B) + B * rank, domains_BS=domains)
         chosen = dataclasses.replace(run, moe=dataclasses.replace(run.moe, **flags))
-        validate(chosen, ranks)
         set_seeds(1)
         model = build_model(chosen)
         perturb(model, scale=0.3)
