@@ -1,6 +1,7 @@
 """`tools/gpu_check.sh` without a GPU, and with a stand-in interpreter that claims to have one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,14 @@ def gpu_check(root: Path, python: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A repository with the script, one gpu test, and two benchmarks."""
+    """A repository with the script, one gpu test, and three benchmarks."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "gpu_check.sh").write_bytes((ROOT / "tools" / "gpu_check.sh").read_bytes())
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_one.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_one(): ...\n")
     (tmp_path / "tests" / "test_other.py").write_text("import not_installed_here\n")
     (tmp_path / "benchmarks").mkdir()
-    for name in ("first", "second"):
+    for name in ("train_step", "moe_gpu", "tokenizer"):
         (tmp_path / "benchmarks" / f"{name}.py").write_text("")
     return tmp_path
 
@@ -57,20 +58,31 @@ def test_an_interpreter_without_torch_cannot_start(tree: Path) -> None:
     assert "cannot import torch" in done.stderr
 
 
-def test_runs_only_files_with_gpu_tests_and_every_benchmark(tree: Path) -> None:
+def test_runs_only_files_with_gpu_tests_and_the_benchmarks_of_a_gpu(tree: Path) -> None:
     done = gpu_check(tree, stand_in(tree))
     assert done.returncode == 0, done.stderr
     assert "ran -m pytest -m gpu tests/test_one.py\n" in done.stdout
-    assert "ran benchmarks/first.py" in done.stdout
-    assert "ran benchmarks/second.py" in done.stdout
+    assert "ran benchmarks/train_step.py" in done.stdout
+    assert "ran benchmarks/moe_gpu.py" in done.stdout
+    assert "tokenizer" not in done.stdout
     assert done.stdout.rstrip().endswith("gpu-check passed")
 
 
+def test_what_it_runs_needs_no_arguments() -> None:
+    script = (ROOT / "tools" / "gpu_check.sh").read_text(encoding="utf-8")
+    named = re.findall(r"benchmarks/\w+\.py", script)
+    assert len(named) == 2
+    for name in named:
+        source = (ROOT / name).read_text(encoding="utf-8")
+        assert "required=True" not in source
+        assert '"cuda"' in source
+
+
 def test_a_failed_benchmark_fails_the_whole_but_stops_nothing(tree: Path) -> None:
-    done = gpu_check(tree, stand_in(tree, fails="benchmarks/first.py"))
+    done = gpu_check(tree, stand_in(tree, fails="benchmarks/train_step.py"))
     assert done.returncode == 1
-    assert "ran benchmarks/second.py" in done.stdout
-    assert "failed: benchmarks/first.py" in done.stderr
+    assert "ran benchmarks/moe_gpu.py" in done.stdout
+    assert "failed: benchmarks/train_step.py" in done.stderr
 
 
 def test_a_tree_without_gpu_tests_is_a_failure(tree: Path) -> None:
