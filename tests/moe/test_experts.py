@@ -1,7 +1,8 @@
 """Experts under expert tensor parallelism: biases that count once, gradients and norms equal to one process.
 
 Upstream counts an expert's output bias once per expert-tensor rank and sums its gradient over ranks that hold other
-experts; see `megatron_moe/moe/experts/sequential.py`. Biases start at 0, which would hide both: parameters are perturbed.
+experts; see `megatron_moe/moe/experts/sequential.py`. Biases start at 0, which would hide both: every
+parameter is perturbed.
 
 Tolerance: fp32, 2e-5 of the largest value of each tensor (sums in another order after three updates); a bias counted
 twice, or a gradient summed twice, is off by 1.
