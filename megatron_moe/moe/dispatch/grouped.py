@@ -7,10 +7,12 @@ already in it, is summed on the way back: per rank, then per node, then per toke
 one level is left, which still sends a row once to each rank.
 
 Equal to `alltoall` but for rounding. In fp32 a token's k terms are added in another order. In bf16 the sum over a
-rank's experts and the sum over a node's ranks are each rounded once more, so that an output, or an input's gradient,
-differs by at most 2 u sum|y| + O(u^2), with u = 2^-8 and y the token's k terms (both dispatchers round the terms and
-the result). Partial sums in fp32 would take that away, for twice the bytes of the combine and of the dispatch's
-gradient.
+rank's experts and the sum over a node's ranks are each rounded once more before the last one, so that an output, or an
+input's gradient, may be off by 2 u sum|y| more, with u = 2^-8 and y the token's k terms. Partial sums in fp32 would
+take that away, for twice the bytes of the combine and of the dispatch's gradient.
+
+Kept for the backward pass, beside what `permutation.py` says of the rows of this rank's experts: 12 bytes for each row
+sent at a level and 4 for each row at hand there; no hidden row.
 
 Shape legend: N = tokens of this rank, E = experts of the layer, L = experts of this rank, G = rows that it received,
 R = their assignments to its experts, H = hidden size.

@@ -40,7 +40,7 @@ class Case:
 
 
 def make_map(case: Case, rank: int) -> Tensor:
-    """[tokens, experts] bool. Only `drops` and `choice` have other than top-k experts a token."""
+    """[tokens, experts] bool. Only `drops`, `padded` and `choice` have other than top-k experts a token."""
     generator = torch.Generator().manual_seed(100 + rank)
     tokens, experts = TOKENS, case.experts
     scores = torch.rand(tokens, experts, generator=generator)
@@ -59,6 +59,9 @@ def make_map(case: Case, rank: int) -> Tensor:
         map_NE[:3] = False
         if rank == 1:
             map_NE[:] = False
+    if case.routing == "padded":
+        # Every expert gets exactly its capacity.
+        map_NE = scores.argsort(dim=0).argsort(dim=0) < -(-tokens * case.topk // experts)
     if case.routing == "choice":
         map_NE = torch.rand(tokens, experts, generator=generator) < case.topk / experts
     return map_NE
@@ -101,6 +104,14 @@ def naive(case: Case, rank: int) -> list[Tensor]:
     return [out.detach()[mine], gradients[0][mine, None], gradients[1][mine], *gradients[2:]]
 
 
+def sum_of_terms(case: Case, rank: int) -> Tensor:
+    """For each element of the output the sum of the absolute values of what its experts add."""
+    w1, w2 = (tensor.double() for tensor in make_experts(case))
+    x, weights, _ = (tensor.double() for tensor in make_inputs(case, rank))
+    used = weights * make_map(case, rank)
+    return torch.stack([expert(x[:, 0], w1[e], w2[e], used[:, e]).abs() for e in range(case.experts)]).sum(dim=0)
+
+
 Groups = dict[tuple[str, int, int], dist.ProcessGroup]
 
 
@@ -130,7 +141,8 @@ def make_config(case: Case, kind: str) -> Any:
     config.num_moe_experts = case.experts
     config.moe_router_topk = case.topk
     config.ranks_per_node = case.node
-    config.moe_expert_capacity_factor = 1.0 if case.routing in ("drops", "choice") else None
+    config.moe_expert_capacity_factor = 1.0 if case.routing in ("drops", "choice", "padded") else None
+    config.moe_pad_expert_input_to_capacity = case.routing == "padded"
     config.moe = copy.copy(run.moe)
     object.__setattr__(config.moe, "moe_token_dispatcher_type", kind)
     return config
