@@ -224,6 +224,24 @@ def test_layer_with_enough_experts_keeps_its_groups() -> None:
     assert all(groups["expt_dp"] == groups["reduced"] and "copies" not in groups for groups in layout)
 
 
+def messages(run: RunConfig) -> dict[str, int]:
+    """What this rank sends in training, by link."""
+    from megatron_moe.moe.dispatch.counters import Link, count_traffic
+
+    with count_traffic() as traffic:
+        train_curve(run)
+    return {link.value: traffic.volume(link=link).messages for link in Link}
+
+
+def test_tokens_stay_among_neighbours(pyramids: Pyramids) -> None:
+    """Two experts on four ranks in two nodes: no token leaves its node. Four experts: on every rank some do."""
+    flags = {EXPERT: 4, "moe_token_dispatcher_type": "grouped", "ranks_per_node": 2, "train_iters": 1}
+    for experts, leaves in (2, False), (4, True):
+        for sent in run_ranks(4, messages, pyramids.run("1, 4, 8 experts", **flags, num_experts=(experts,))):
+            assert sent["same node"] > 0
+            assert (sent["other node"] > 0) is leaves
+
+
 # ---- checkpoints
 
 
