@@ -23,12 +23,12 @@ def count_on_meta(run: RunConfig) -> BuiltCounts:
     Raises:
         ConfigError: --vocab-size is not known.
     """
-    # Neither the dispatcher nor who provides the layers changes a count, but both may need what is not here.
+    # Neither the dispatcher nor who provides the layers and experts changes a count, but all may need what is not here.
     whole = dataclasses.replace(
         run,
         parallel=ParallelConfig(device="cpu"),
         model=dataclasses.replace(run.model, transformer_impl="local"),
-        moe=dataclasses.replace(run.moe, moe_token_dispatcher_type="alltoall"),
+        moe=dataclasses.replace(run.moe, moe_token_dispatcher_type="alltoall", moe_expert_backend="auto"),
     )
     cpu.install()
     distributed.start_alone()

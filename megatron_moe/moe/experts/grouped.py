@@ -15,7 +15,6 @@ from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
-from megatron_moe.moe.experts import products
 from megatron_moe.moe.experts.activations import Activation
 from megatron_moe.moe.experts.functions import ExpertMath, ExpertWeights, expert_mlp
 from megatron_moe.moe.experts.layouts import load_any_layout
@@ -91,7 +90,7 @@ class GroupedExperts(MegatronModule):
         bias = config.add_bias_linear
         self.linear_fc1 = ExpertLinear(config, (num_local_experts, width, hidden), bias=bias, split=0)
         self.linear_fc2 = ExpertLinear(config, (num_local_experts, hidden, ffn), bias=bias, split=1)
-        if not products.one_by_one(self.linear_fc1.weight.device):
+        if self.linear_fc1.weight.is_cuda:
             check_alignment(config.params_dtype, config.hidden_size, ffn)
         self._register_load_state_dict_pre_hook(load_any_layout, with_module=True)
 
