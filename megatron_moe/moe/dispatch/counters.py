@@ -6,7 +6,8 @@
 
 Off by default: without a counter, an exchange asks one list whether it is empty. A rank counts what it sends. Nodes
 are those of `--ranks-per-node`, or of the launcher. A message is what one collective carries from one rank to another,
-if it carries anything; what stays on the rank has a link of its own.
+if it carries anything; what stays on the rank has a link of its own. What expert tensor parallelism gathers and sums
+beside the exchange is not counted; the counts for it are.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ Shape legend: N = rows at hand, D = destinations of a level, R = rows to send, G
 C = experts behind one destination, P = D * C experts known at this level.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,14 @@ class Wire:
         received = torch.empty_like(table)
         dist.all_to_all_single(received, table.contiguous(), group=self.group)
         return received
+
+    def gather_counts(self, row: Tensor) -> Tensor:
+        """One row of numbers, [1, K], of every rank; counted as if each rank sent to each. The host does not wait."""
+        if is_counting():
+            record(Phase.COUNTS, False, self.links, [1] * self.size, 0, row.numel() * row.element_size())
+        gathered = row.new_empty((self.size, row.shape[1]))
+        dist.all_gather_into_tensor(gathered, row, group=self.group)
+        return gathered
 
 
 class _Exchange(torch.autograd.Function):
@@ -235,43 +244,45 @@ class Counts:
 
     Attributes:
         levels: for every level, rows to send to and to receive from each destination.
-        received: rows after the last level.
-        routed: assignments of these rows to experts of this rank.
+        received: rows after the last level, on each rank that shares this rank's experts.
+        routed: assignments of all these rows to the experts.
     """
 
     levels: tuple[tuple[list[int], list[int]], ...]
-    received: int
+    received: list[int]
     routed: int
 
 
-def exchange_counts(wires: Sequence[Wire], map_NE: Tensor) -> Counts:
+def exchange_counts(wires: Sequence[Wire], map_NE: Tensor, beside: Wire | None = None) -> Counts:
     """How many rows will travel at each level. The host waits once, at the end.
 
     Args:
         wires: of the levels: one of all ranks, or one between nodes and one inside of them.
         map_NE: [N, E] bool, experts in the order of the ranks that have them.
+        beside: to the ranks that share this rank's experts (expert tensor parallelism), if there are others.
     """
-    ranks = 1
-    for wire in wires:
-        ranks *= wire.size
     experts = map_NE.shape[1]
+    ranks = math.prod(wire.size for wire in wires)
     by_rank = map_NE.unflatten(1, (ranks, experts // ranks))
     # For each rank: rows that it gets, and assignments to its experts.
     table_P2 = torch.stack([by_rank.any(dim=2).sum(dim=0), by_rank.sum(dim=(0, 2))], dim=1)
-    if len(wires) == 1:
-        received = wires[0].exchange_counts(table_P2)
-        columns = torch.stack([table_P2[:, 0], received[:, 0], received[:, 1]]).tolist()
-        return Counts(((columns[0], columns[1]),), sum(columns[1]), sum(columns[2]))
-    between, inside = wires
-    rows_Q = map_NE.unflatten(1, (between.size, experts // between.size)).any(dim=2).sum(dim=0)
-    # What a node's rank gets from here, and what it will have to pass on for this rank's tokens.
-    first = torch.cat([rows_Q[:, None], table_P2.view(between.size, -1)], dim=1)
-    arrived = between.exchange_counts(first)
-    second = arrived[:, 1:].sum(dim=0).view(inside.size, 2)
-    received = inside.exchange_counts(second)
-    numbers = torch.cat([rows_Q, arrived[:, 0], second[:, 0], received[:, 0], received[:, 1].sum()[None]]).tolist()
-    nodes, places = between.size, inside.size
-    parts = [numbers[:nodes], numbers[nodes : 2 * nodes]]
-    rest = numbers[2 * nodes :]
-    parts += [rest[:places], rest[places : 2 * places]]
-    return Counts(((parts[0], parts[1]), (parts[2], parts[3])), sum(parts[3]), rest[-1])
+    parts: list[Tensor] = []
+    if len(wires) == 2:
+        # What a node's rank gets from here, and what it will have to pass on for this rank's tokens.
+        between = wires[0]
+        rows_Q = map_NE.unflatten(1, (between.size, experts // between.size)).any(dim=2).sum(dim=0)
+        arrived = between.exchange_counts(torch.cat([rows_Q[:, None], table_P2.view(between.size, -1)], dim=1))
+        parts += [rows_Q, arrived[:, 0]]
+        table_P2 = arrived[:, 1:].sum(dim=0).view(-1, 2)
+    received = wires[-1].exchange_counts(table_P2)
+    parts += [table_P2[:, 0], received[:, 0]]
+    totals = received.sum(dim=0)[None]
+    if beside is not None:
+        totals = beside.gather_counts(totals)
+    numbers = torch.cat([*parts, *totals.unbind(1)]).tolist()
+    lists = []
+    for part in (*parts, totals, totals):
+        lists.append(numbers[: len(part)])
+        numbers = numbers[len(part) :]
+    *sizes, rows, routed = lists
+    return Counts(tuple(zip(sizes[::2], sizes[1::2], strict=True)), rows, sum(routed))

@@ -21,7 +21,6 @@ R = their assignments to its experts, H = hidden size.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
@@ -69,9 +68,9 @@ class GroupedDispatcher(MoETokenDispatcher):
         grid = node_grid(dist.get_process_group_ranks(self.ep_group), per_node)
         groups = level_groups(self.ep_group, grid, config.distributed_timeout_minutes)
         self._wires = tuple(Wire(group, per_node) for group in groups)
+        self._beside = Wire(self.tp_group, per_node) if self.tp_size > 1 else None
         self._levels: list[Level] = []
         self._counts: Counts
-        self._sizes: list[int] = []
         self._permutation: Permutation
 
     def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +82,7 @@ class GroupedDispatcher(MoETokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Rows with experts on this rank, [G, H], and their weights, [G, L]. The host waits once, for the counts."""
-        self._counts = exchange_counts(self._wires, self.routing_map)
+        self._counts = exchange_counts(self._wires, self.routing_map, self._beside)
         self._levels = []
         for wire, (send, receive) in zip(self._wires, self._counts.levels, strict=True):
             level = make_level(wire, probs, send, receive)
@@ -93,15 +92,11 @@ class GroupedDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows sorted by expert, [R, H], how many each has, and their weights, [R]."""
-        routed = self._counts.routed
         if self.tp_size > 1:
-            numbers = torch.tensor([[self._counts.received, routed]], device=hidden_states.device)
-            gathered = gather_rows(numbers, self.tp_group, [1] * self.tp_size).tolist()
-            self._sizes, routed = [rows for rows, _ in gathered], sum(pairs for _, pairs in gathered)
-            hidden_states = gather_rows(hidden_states, self.tp_group, self._sizes)
-            probs = gather_rows(probs, self.tp_group, self._sizes)
+            hidden_states = gather_rows(hidden_states, self.tp_group, self._counts.received)
+            probs = gather_rows(probs, self.tp_group, self._counts.received)
         map_GL = probs != NOT_ROUTED
-        self._permutation = permutation(map_GL, routed)
+        self._permutation = permutation(map_GL, self._counts.routed)
         rows_RH = copy_rows(hidden_states, self._permutation.fan)
         return rows_RH, map_GL.sum(dim=0), self._permutation.pick(probs)
 
@@ -109,7 +104,7 @@ class GroupedDispatcher(MoETokenDispatcher):
         """For each row the sum over this rank's experts, [G, H]."""
         summed = sum_rows(hidden_states, self._permutation.fan)
         if self.tp_size > 1:
-            summed = reduce_scatter_rows(summed, self.tp_group, self._sizes, self._sum_type)
+            summed = reduce_scatter_rows(summed, self.tp_group, self._counts.received, self._sum_type)
         return summed
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
