@@ -40,6 +40,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> Meg
     """The optimizer, connected to the model's schedule hooks. Norms and biases are not decayed (upstream default)."""
     optimizer = stock_optimizer(run, model)
     _use_fused_adam(optimizer)
+    _clip_in_the_update(optimizer)
     _let_sgd_be_loaded(optimizer)
     _share_loss_scale(optimizer)
     _refuse_nonfinite_gradients(optimizer)
@@ -101,6 +102,42 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
     """
     for group in adam_groups(optimizer):
         group["fused"], group["foreach"] = True, False
+
+
+def _clip_in_the_update(optimizer: MegatronOptimizer) -> None:
+    """Let the fused AdamW kernel clip the gradients while it reads them, instead of in a pass over all before it.
+
+    megatron-core multiplies every gradient by the limit over the norm (`optimizer/clip_grads.py:
+    clip_grad_by_total_norm_fp32`); torch's kernel divides by `grad_scale`, an attribute meant for
+    `torch.amp.GradScaler`, and leaves the quotient in the gradient just the same: equal to the last bit or two.
+    """
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    limits = {part.config.clip_grad for part in parts}
+    fused = all(
+        isinstance(part.optimizer, torch.optim.AdamW) and all(group.get("fused") for group in part.param_groups)
+        for part in parts
+    )
+    if not fused or len(limits) != 1 or not max(limits) > 0.0:
+        return
+    limit = limits.pop()
+    for part in parts:
+        part.config.clip_grad = 0.0
+    norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = 0.0
+
+    def get_grad_norm() -> float:
+        nonlocal norm
+        norm = float(norm_of() or 0.0)
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        excess = (norm + 1.0e-6) / limit
+        scale = torch.tensor(excess, device=torch.cuda.current_device()) if excess > 1.0 else None
+        for part in parts:
+            part.optimizer.grad_scale = scale
+        return bool(update())
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
 
 
 def _let_sgd_be_loaded(optimizer: MegatronOptimizer) -> None:

@@ -85,6 +85,57 @@ def test_fused_adam_equals_the_plain_one(tiny_data: Path) -> None:
     assert plain.losses[2] < plain.losses[0]
 
 
+def first_moments(run: Any) -> tuple[float, float]:
+    """Norm before clipping, and sum of squares of the gradients that Adam has seen on this rank, after one step."""
+    from megatron_moe.training.step import train_step
+
+    trainer = start_trainer(run)
+    result = train_step(trainer.run, trainer.model, trainer.optimizer, trainer._training_batches(), 2)
+    squares = 0.0
+    for part in trainer.optimizer.chained_optimizers:
+        assert part.config.clip_grad == 0.0, "megatron-core would clip as well"
+        for state in part.optimizer.state.values():
+            squares += float((state["exp_avg"] / 0.1).double().square().sum())
+    return result.grad_norm, squares
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, {}),
+        (1, {"bf16": True}),
+        (1, {"fp16": True, "initial_loss_scale": 64.0}),
+        (1, {"use_distributed_optimizer": True}),
+        (2, {"use_distributed_optimizer": True, "bf16": True}),
+    ],
+    ids=str,
+)
+def test_adam_sees_clipped_gradients(ranks: int, flags: dict[str, Any], tiny_data: Path) -> None:
+    """m = (1 - beta1) g after the first step. Adam itself hardly notices the length of a gradient."""
+    for clip in (1e-2, 1e3):
+        run = tiny_run(**data_flags(tiny_data), clip_grad=clip, adam_beta1=0.9, **flags)
+        outcomes = run_ranks(ranks, first_moments, run)
+        (norm,) = {norm for norm, _ in outcomes}
+        assert 0.1 < norm < 1e3
+        assert math.sqrt(sum(squares for _, squares in outcomes)) == pytest.approx(min(norm, clip), rel=1e-3)
+
+
+def train_clipping_first(run: Any) -> Any:
+    from megatron_moe.training import optimizer
+
+    optimizer._clip_in_the_update = lambda built: None
+    return train_and_gather(run)
+
+
+def test_clipping_in_the_update_equals_clipping_before_it(tiny_data: Path) -> None:
+    """g * (limit / norm) against g / (norm / limit): two roundings of 2^-24 apart, over three steps of Adam."""
+    run = tiny_run(**data_flags(tiny_data), clip_grad=0.05, weight_decay=0.1)
+    within, before = (run_ranks(1, function, run)[0] for function in (train_and_gather, train_clipping_first))
+    assert min(before.grad_norms) > 0.05
+    assert within.losses == pytest.approx(before.losses, rel=1e-6)
+    assert within.grad_norms == pytest.approx(before.grad_norms, rel=1e-5)
+
+
 def sgd_step(run: Any) -> list[list[Shard]]:
     from megatron_moe.training.step import train_step
 
