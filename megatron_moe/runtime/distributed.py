@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.runtime import cpu, cpu_matmul
+from megatron_moe.runtime import allocator, cpu, cpu_matmul
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     if device.type == "cpu":
         cpu.install()
         cpu_matmul.install()
+        allocator.keep_memory()
     else:
         # Keeps communication kernels from overtaking the compute they wait for (Megatron-LM's recommendation).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

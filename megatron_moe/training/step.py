@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.expert_bias import remember_expert_biases
 from megatron_moe.moe.inputs import pack_inputs
+from megatron_moe.runtime import allocator
 
 Batch = dict[str, Tensor]
 
@@ -127,6 +128,7 @@ def train_step(
     skipped = not _agree(bool(updated))
     if skipped:
         restore_expert_biases()
+    allocator.relieve()
     return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), skipped=skipped)
 
 
