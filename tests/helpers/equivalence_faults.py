@@ -83,6 +83,20 @@ def experts_not_reduced(trainer: Any) -> None:
         chunk.expert_parallel_bucket_groups.clear()
 
 
+def copies_not_summed(trainer: Any) -> None:
+    """A layer has fewer experts than ranks: the copies keep the gradients of their own neighbours' tokens."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.utils import get_model_config
+
+    get_model_config(trainer.model[0]).finalize_model_grads_func = finalize_model_grads
+
+
+def norm_with_copies(trainer: Any) -> None:
+    """Every copy of an expert counts in the norm."""
+    for parameter in parameters(trainer, ".experts."):
+        parameter.shared = False
+
+
 def residual_not_reduced(trainer: Any) -> None:
     """The coefficient that weighs experts against the residual MLP sees this rank's part of the sequence only."""
     for parameter in parameters(trainer, "coefficient"):
@@ -131,6 +145,7 @@ class Fault:
     layout: str
     found_by: str
     flags: dict[str, Any] = field(default_factory=dict)
+    model: str = "pyramid-residual"
 
 
 FAULTS: dict[str, Fault] = {
@@ -143,6 +158,8 @@ FAULTS: dict[str, Fault] = {
     "norm without experts, ZeRO-1": Fault(norm_without_experts, "EP2 DP4", "grad norm", ZERO1),
     "norm by tensor rank": Fault(norm_by_tensor_rank, "TP2 EP2 ETP1", "grad norm"),
     "experts not reduced": Fault(experts_not_reduced, "EP2 DP4", "copies differ"),
+    "copies of experts not summed": Fault(copies_not_summed, "EP4", "copies differ", model="few experts"),
+    "norm with copies of experts": Fault(norm_with_copies, "EP4", "grad norm", model="few experts"),
     "residual not reduced": Fault(residual_not_reduced, "TP2", "copies differ"),
     "bias on every rank": Fault(bias_on_every_rank, "ETP2", "weights"),
     "tied embeddings apart": Fault(tied_embeddings_apart, "PP2", "copies differ"),
@@ -155,7 +172,7 @@ FAULTS: dict[str, Fault] = {
 def what_is_found(name: str, comparison: Comparison) -> list[str]:
     """What the comparison says of a run with that fault; nothing would mean that it was not found."""
     fault = FAULTS[name]
-    (cell,) = cells("faults", name, fault.flags, [fault.layout])
+    (cell,) = cells("faults", name, fault.flags, [fault.layout], fault.model)
     try:
         return comparison.measure(cell, fault.damage).failures(cell.tolerance)
     except CopiesDiffer as error:
