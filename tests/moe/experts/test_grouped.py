@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_moe.config.base import ConfigError
-from megatron_moe.moe.experts.grouped import check_alignment
+from megatron_moe.moe.experts import expert_builder
+from megatron_moe.moe.experts.grouped import GroupedExperts, check_alignment
 from tests.helpers.checkpoints import whole_tensors
 from tests.helpers.distributed import run_ranks
-from tests.helpers.models import Trained, assemble, assert_close, train_and_gather
+from tests.helpers.models import Trained, assemble, assert_close, perturb, start_model, train_and_gather
 from tests.helpers.tiny import data_flags, tiny_run
 from tests.helpers.training import Curve, build_trainer, record_curve, train_curve
 
@@ -147,3 +149,53 @@ def test_sizes_that_the_kernel_does_not_take() -> None:
         check_alignment(torch.bfloat16, 36, 64)
     with pytest.raises(ConfigError, match=r"width of an expert on a rank 6: must be a multiple of 4"):
         check_alignment(torch.float32, 36, 6)
+
+
+# ---- parts
+
+
+def weights_on_the_input() -> dict[str, float]:
+    """Distances between both kinds of experts that multiply their input by the routing weight; odd sizes."""
+    from megatron_moe.model.gpt import build_model
+    from megatron_moe.moe.experts.layouts import convert
+    from megatron_moe.moe.layer import moe_layers
+
+    runs = [tiny_run(vocab_size=100, moe_ffn_hidden_size=25, **backend) for backend in (GROUPED, SEQUENTIAL)]
+    models = [start_model(runs[0], perturbed=True), build_model(runs[1])]
+    perturb(models[1])
+    rows, probs = torch.randn(9, 32, requires_grad=True), torch.rand(9, requires_grad=True)
+    found = []
+    for (model,) in models:
+        experts = moe_layers(model)[0].experts
+        experts.config.moe_apply_probs_on_input = True
+        out, bias = experts(rows, torch.tensor([4, 0, 2, 3]), probs)
+        assert bias is None
+        names, parameters = zip(*experts.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(
+            out.square().sum(), [rows, probs, *parameters], allow_unused=True, materialize_grads=True
+        )
+        of_weights = convert(dict(zip(names, gradients[2:], strict=True)), "stacked")
+        found.append({"output": out, "rows": gradients[0], "probs": gradients[1], **of_weights})
+    return {
+        name: float((found[0][name] - tensor).abs().max() / tensor.abs().max()) for name, tensor in found[1].items()
+    }
+
+
+def test_routing_weights_on_the_input() -> None:
+    distances = run_ranks(1, weights_on_the_input)[0]
+    assert len(distances) == 7
+    for name, distance in distances.items():
+        assert distance < 2e-6, name
+
+
+def test_every_backend_has_its_experts() -> None:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    assert expert_builder("grouped").func is GroupedExperts  # type: ignore[attr-defined]
+    assert expert_builder("sequential").func is SequentialMLP  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
+def test_transformer_engine_is_asked_for_by_name() -> None:
+    with pytest.raises(ConfigError, match="--moe-expert-backend te: Transformer Engine is not installed; pip install"):
+        expert_builder("te")
