@@ -151,6 +151,8 @@ def test_flags_named_in_the_text_exist(path: Path) -> None:
     known = set().union(*COMMANDS.values(), FOREIGN_FLAGS)
     known |= {flag for tool in (ROOT / "tools").glob("*.py") for flag in tool_flags(tool.name)}
     if path.parent.name == "docs":
+        sources = [file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*.py")]
+        known |= {flag for source in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)}
         known |= {*RENAMED, *EXPANDED, *VALUES, *REFUSED, "--tensor-model-paralel-size", "--x", "--no-x"}
     text = path.read_text(encoding="utf-8")
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
