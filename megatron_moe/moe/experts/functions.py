@@ -10,7 +10,8 @@ Kept for the backward pass, in bytes a row:
 
 with s bytes a number (4 in fp32, 2 in bf16), G = 2F for gated experts and F otherwise, p bytes of a routing weight. The
 activation is computed anew, and nothing less will do without doing a matrix product again: the gradient of W1 needs x,
-that of the activation needs h. (What a graph of torch's own operations keeps: s * (H + 2G + 2F) and more.)
+that of the activation needs h. (SwiGLU in torch's own operations keeps s * (H + 2G + 2F) + p: 2.6 times as much where
+F = 2H.)
 
 Weight gradients go straight to `main_grad`, megatron-core's fp32 buffer, where there is one: a gradient of the weights'
 size that lives for one addition costs more than the product when memory is slow to get. `distributed_data_parallel.py:

@@ -3,7 +3,8 @@
 A place says which rows go with which matrix. On a GPU it is the end of every expert's rows [E], a tensor of the device:
 one `grouped_mm` serves all experts and nothing is asked of the device. On a CPU, where the kernel of `grouped_mm` is a
 loop over experts itself, it is the number of one expert: what stands between two of its products then stays in the
-cache.
+cache, and no large tensor is made for it. (4,096 rows on 32 SwiGLU experts of 512 x 1,024, forward and backward on two
+cores: 0.6 of the time in fp32, 0.5 in bf16. It also takes sizes that are no multiple of 16 bytes, and fp64.)
 
 Shape legend: R = rows, E = this rank's experts, K = width of a product's input, N = of its output.
 """
