@@ -7,8 +7,8 @@ nothing the second time.
 
 The price is fragmentation: torch asks for aligned memory, and glibc before 2.38 does not find a freed block of just
 that size again, so the heap grows into fresh addresses while old pages stay resident (measured: 22 % more memory after
-40 steps). `relieve`, called after every step, gives all free pages back once resident memory has grown by a fifth; the next step
-fetches its own, and counts from there.
+40 steps). `relieve`, called after every step, gives all free pages back once resident memory has grown by a fifth; the
+next step fetches its own, and counts from there.
 
 A user who has set glibc's own knobs (`man mallopt`, section "Environment variables") keeps them, and an allocator that
 is preloaded in place of glibc's is not touched by any of this.
@@ -36,7 +36,7 @@ _reference = 0
 def keep_memory() -> bool:
     """Let this process keep what it frees; says whether it does. Where there is no glibc nothing is changed."""
     global _kept
-    if not _kept and _is_glibc() and not users_choice():
+    if not _kept and is_glibc() and not users_choice():
         libc = ctypes.CDLL(None)
         # No mappings for single allocations; a top of the heap that is never given back.
         _kept = bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, -1))
@@ -70,5 +70,6 @@ def users_choice() -> str | None:
     return next((name for name in USERS_KNOBS if name in os.environ), None)
 
 
-def _is_glibc() -> bool:
+def is_glibc() -> bool:
+    """Whether the C library is one that this file knows."""
     return sys.platform == "linux" and RESIDENT.is_file() and platform.libc_ver()[0] == "glibc"

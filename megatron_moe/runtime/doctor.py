@@ -280,6 +280,26 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
             "no FusedAdam of Transformer Engine or Apex" if plain_torch else "as megatron-core found it",
         ),
         Backend("collectives", collective, "there is a GPU" if device == "cuda" else "there is no GPU"),
+        *(_cpu_backends() if device == "cpu" else ()),
+    )
+
+
+def _cpu_backends() -> tuple[Backend, ...]:
+    from megatron_moe.runtime import allocator, cpu_matmul
+
+    onednn, choice = cpu_matmul.pays_here(), allocator.users_choice()
+    keeps = allocator.is_glibc() and choice is None
+    return (
+        Backend(
+            "fp32 products",
+            "oneDNN" if onednn else "torch's choice",
+            "MKL takes AVX-512 on Intel's processors only" if onednn else "no AVX-512, or Intel's processor: MKL",
+        ),
+        Backend(
+            "memory of a step",
+            "kept for the next one" if keeps else "the allocator's choice",
+            "glibc would map and fault it anew" if keeps else f"{choice} is set" if choice else "no glibc",
+        ),
     )
 
 

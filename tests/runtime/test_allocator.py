@@ -30,7 +30,7 @@ def faults(mode: str, **environment: str) -> tuple[str, int]:
     return kept, int(count)
 
 
-@pytest.mark.skipif(not allocator._is_glibc(), reason="another C library")
+@pytest.mark.skipif(not allocator.is_glibc(), reason="another C library")
 def test_freed_memory_is_used_again_without_faults() -> None:
     kept, count = faults("keep")
     assert kept == "True"
@@ -60,14 +60,14 @@ assert [step(1000), step(950), step(900)] == [False, False, False]
 """
 
 
-@pytest.mark.skipif(not allocator._is_glibc(), reason="another C library")
+@pytest.mark.skipif(not allocator.is_glibc(), reason="another C library")
 def test_memory_that_grows_from_step_to_step_is_given_back() -> None:
     """And a step that needs more for good is what is counted from afterwards."""
     done = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not allocator._is_glibc(), reason="another C library")
+@pytest.mark.skipif(not allocator.is_glibc(), reason="another C library")
 @pytest.mark.parametrize(
     "environment", [{"MALLOC_MMAP_THRESHOLD_": "65536"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
 )

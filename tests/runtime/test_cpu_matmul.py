@@ -1,5 +1,6 @@
 """fp32 products through oneDNN: equal to torch's within rounding, in every layout, and only where they are wanted."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -95,6 +96,16 @@ def test_wrong_shapes_are_torchs_own_error(onednn: None) -> None:
         torch.mm(torch.randn(300, 300), torch.randn(200, 300))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         torch.zeros(300, 300).addmm_(torch.randn(300, 300), torch.randn(200, 300))
+
+
+def test_onednn_is_let_keep_more_shapes_unless_the_user_has_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_matmul, "pays_here", lambda: False)
+    monkeypatch.setenv(cpu_matmul.CACHE_FLAG, "7")
+    cpu_matmul.install()
+    assert os.environ[cpu_matmul.CACHE_FLAG] == "7"
+    monkeypatch.delenv(cpu_matmul.CACHE_FLAG)
+    cpu_matmul.install()
+    assert os.environ[cpu_matmul.CACHE_FLAG] == str(cpu_matmul.CACHE_ENTRIES)
 
 
 def test_torchs_kernels_come_back(onednn: None) -> None:
