@@ -16,7 +16,9 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import tiny_run
 from tests.moe.test_layer import LLAMA, B, E, H, S, build_layer, start
 
-PLAIN = LLAMA | {"mlp_type": "standard"}
+# Upstream's experts; the stacked ones have a test of their own (experts/test_grouped.py).
+LOOP = {"moe_expert_backend": "sequential"}
+PLAIN = LLAMA | LOOP | {"mlp_type": "standard"}
 AUX = {"moe_aux_loss_coeff": 0.05}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 TOP2 = {"moe_router_topk": 2}
@@ -166,7 +168,7 @@ def other_than_stock() -> dict[str, Any]:
     """With biases; `position`; padding under an expert bias."""
     start()
     found: dict[str, Any] = {}
-    biased, _ = build_layer(mlp_type="standard")
+    biased, _ = build_layer(mlp_type="standard", **LOOP)
     found["bias"] = [biased.router.bias is None, stock_layer(biased).router.bias is None]
     flags = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"}
     layer, stock = both(**flags)
