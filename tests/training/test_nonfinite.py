@@ -61,7 +61,15 @@ def poison(trainer: Any, what: str, steps: list[int], rank: int) -> None:
         (name, parameter) for name, parameter in trainer.model[-1].named_parameters() if "experts" in name
     )
     assert name
-    parameter.register_hook(lambda gradient: torch.full_like(gradient, value) if now() else gradient)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        if not now():
+            return gradient
+        # Stacked experts have added theirs up here already, and what autograd hands on is thrown away.
+        parameter.main_grad.fill_(value)
+        return torch.full_like(gradient, value)
+
+    parameter.register_hook(spoil)
 
 
 def train_poisoned(run: RunConfig, what: str, steps: list[int], rank: int = 0) -> Outcome:
