@@ -242,6 +242,32 @@ def test_tokens_stay_among_neighbours(pyramids: Pyramids) -> None:
             assert (sent["other node"] > 0) is leaves
 
 
+def groups_of_two_layers() -> list[int]:
+    """Sizes of the groups of a layer of four experts that exchanges through nodes, then of one of two, in copies."""
+    import torch.distributed as dist
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from megatron_moe.config.parallel import ParallelConfig
+    from megatron_moe.moe.dispatch.nodes import level_groups, node_grid
+    from megatron_moe.moe.expert_parallel import layer_groups
+    from megatron_moe.runtime.distributed import start
+
+    start(ParallelConfig(device="cpu", expert_model_parallel_size=4, distributed_timeout_minutes=1))
+    whole = get_default_pg_collection()
+    config = SimpleNamespace(num_moe_experts=4, distributed_timeout_minutes=1)
+    large = layer_groups(config, whole).collection
+    levels = level_groups(large.ep, node_grid(dist.get_process_group_ranks(large.ep), 6), 1)
+    config.num_moe_experts = 2
+    small = layer_groups(config, whole).collection
+    return [*(group.size() for group in levels), small.ep.size(), small.expt_dp.size()]
+
+
+def test_ranks_of_one_node_and_of_two_make_groups_together() -> None:
+    """Nodes of six: the first four ranks share one, the others lie two and two; copies of the second layer's experts
+    are on ranks of both. torch waits in vain where members have made unequal numbers of groups before."""
+    assert run_ranks(8, groups_of_two_layers) == [[4, 2, 4]] * 4 + [[2, 2, 2, 4]] * 4
+
+
 # ---- checkpoints
 
 

@@ -75,8 +75,6 @@ def level_groups(whole: dist.ProcessGroup, grid: NodeGrid, timeout_minutes: int)
     """
     from megatron.core import parallel_state
 
-    if len(grid.levels) == 1:
-        return (whole,)
     made = _made.setdefault(whole, {})
     if grid not in made:
         ranks = dist.get_process_group_ranks(whole)
@@ -85,10 +83,14 @@ def level_groups(whole: dist.ProcessGroup, grid: NodeGrid, timeout_minutes: int)
             "BETWEEN_NODES": ranks[place :: grid.places],
             "INSIDE_OF_A_NODE": ranks[node * grid.places : (node + 1) * grid.places],
         }
-        made[grid] = tuple(
+        # Both, also where one level is left out: torch names a group that its members make by themselves after how many
+        # each has made before (distributed_c10d.py:_hash_ranks_to_str), and later groups hold ranks of several `whole`,
+        # of which some may lie on one node and some not.
+        groups = tuple(
             parallel_state.create_group(
                 part, timeout=timedelta(minutes=timeout_minutes), use_local_synchronization=True, group_desc=name
             )
             for name, part in members.items()
         )
+        made[grid] = groups if len(grid.levels) > 1 else (whole,)
     return made[grid]
