@@ -169,19 +169,25 @@ def _check_backends(run: RunConfig, experts_per_layer: tuple[int, ...]) -> None:
         raise ConfigError(
             f"--attention-backend unfused: must be sdpa with --context-parallel-size {parallel.context_parallel_size}"
         )
-    if run.model.transformer_impl == "transformer_engine" and parallel.expert_tensor_size > 1:
+    engine = run.model.transformer_impl == "transformer_engine"
+    if (engine or run.expert_backend == "te") and parallel.expert_tensor_size > 1:
         # transformer_config.py: "Bias in Moe is only supported when ETP==1"; our own (moe/experts) count it once.
+        whose = "--transformer-impl transformer_engine" if engine else "--moe-expert-backend te"
         require(
             run.moe.num_experts is None or run.model.disable_bias_linear,
             "expert_tensor_parallel_size",
             parallel.expert_tensor_size,
-            "1 for experts with biases under --transformer-impl transformer_engine (or give --disable-bias-linear)",
+            f"1 for experts with biases under {whose} (or give --disable-bias-linear)",
         )
-    if run.moe.moe_expert_dropout and run.model.transformer_impl == "transformer_engine":
+    if run.moe.moe_expert_dropout and run.expert_backend == "te":
         # Transformer Engine's grouped experts have no place for it.
-        raise ConfigError(f"--moe-expert-dropout {run.moe.moe_expert_dropout}: needs --transformer-impl local")
+        raise ConfigError(
+            f"--moe-expert-dropout {run.moe.moe_expert_dropout}: needs --moe-expert-backend grouped or sequential"
+        )
     if parallel.device == "cpu" and run.model.transformer_impl == "transformer_engine":
         raise ConfigError("--transformer-impl transformer_engine: needs a GPU; with --device cpu it is local")
+    if parallel.device == "cpu" and run.moe.moe_expert_backend == "te":
+        raise ConfigError("--moe-expert-backend te: needs a GPU; with --device cpu it is grouped or sequential")
     if parallel.device == "cpu" and run.moe.moe_token_dispatcher_type == "flex":
         raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; with --device cpu it is alltoall")
     if run.moe.moe_token_dispatcher_type == "flex" and parallel.expert_tensor_size == 1:

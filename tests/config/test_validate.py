@@ -215,6 +215,12 @@ def test_legal_runs(words: str, world_size: int) -> None:
             2,
             "--expert-tensor-parallel-size 2: must be 1 for experts with biases under --transformer-impl",
         ),
+        (
+            MOE + "--moe-expert-backend te --device cuda --tensor-model-parallel-size 2",
+            2,
+            "--expert-tensor-parallel-size 2: must be 1 for experts with biases under --moe-expert-backend te",
+        ),
+        (MOE + "--moe-expert-backend te --device cpu", 1, "--moe-expert-backend te: needs a GPU"),
         # flags without a meaning
         (BASE + "--moe-aux-loss-coeff 0.02", 1, "--moe-aux-loss-coeff 0.02: needs --num-experts"),
         (BASE + "--moe-layer-freq 1 0", 1, "--moe-layer-freq 1 0: needs --num-experts"),

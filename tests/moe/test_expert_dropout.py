@@ -129,7 +129,10 @@ def test_resumes_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
     assert_resumes_bit_for_bit(resume(tiny_data, tmp_path, DROPOUT))
 
 
-def test_refused_where_there_is_no_place_for_it() -> None:
-    run = tiny_run(**DROPOUT, device="cuda", transformer_impl="transformer_engine")
-    with pytest.raises(ConfigError, match=r"--moe-expert-dropout 0\.3: needs --transformer-impl local"):
+@pytest.mark.parametrize("engine", [{"transformer_impl": "transformer_engine"}, {"moe_expert_backend": "te"}], ids=str)
+def test_refused_where_there_is_no_place_for_it(engine: dict[str, str]) -> None:
+    run = tiny_run(**DROPOUT, device="cuda", **engine)
+    with pytest.raises(
+        ConfigError, match=r"--moe-expert-dropout 0\.3: needs --moe-expert-backend grouped or sequential"
+    ):
         validate(run, 1)
