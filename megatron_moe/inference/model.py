@@ -62,7 +62,7 @@ def load_saved(saved: SavedModel) -> "InferenceModel":
     if dist.is_initialized():
         _check_running_layout(saved.run.parallel)
     else:
-        start(saved.run.parallel)
+        start(saved.run.parallel, trains=False)
     # Without an interleaved pipeline a rank holds one chunk.
     check_stored_size(saved.run, saved.folder)
     chunks: list[Any] = build_model(saved.run, inference=True, initialize=False)

@@ -7,8 +7,9 @@ nothing the second time.
 
 The price is fragmentation: torch asks for aligned memory, and glibc before 2.38 does not find a freed block of just
 that size again, so the heap grows into fresh addresses while old pages stay resident (measured: 22 % more memory after
-40 steps). `relieve`, called after every step, gives all free pages back once resident memory has grown by a fifth; the
-next step fetches its own, and counts from there.
+40 steps). `relieve`, called after every step and every batch of an evaluation, gives all free pages back once resident
+memory has grown by a fifth; the next step fetches its own, and counts from there. Scoring and generation, whose batches
+are all of other sizes, leave the allocator as it is: there the heap would grow from one to the next.
 
 A user who has set glibc's own knobs (`man mallopt`, section "Environment variables") keeps them, and an allocator that
 is preloaded in place of glibc's is not touched by any of this.

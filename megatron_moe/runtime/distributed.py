@@ -68,7 +68,7 @@ def choose_device(config: ParallelConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
+def start(config: ParallelConfig, virtual_stages: int | None = None, *, trains: bool = True) -> World:
     """Start torch.distributed and megatron-core's groups; on the CPU install the CPU runtime first.
 
     Without torchrun the world is this one process, which needs no rendezvous and no port number.
@@ -76,6 +76,7 @@ def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     Args:
         config: parallel sizes and device.
         virtual_stages: model chunks per pipeline rank (`RunConfig.virtual_stages`), for an interleaved pipeline.
+        trains: whether `training/step.py` will run, which keeps the memory of a step for the next one.
 
     Raises:
         ConfigError: the parallel sizes do not fit the number of processes, or the device is missing.
@@ -88,7 +89,8 @@ def start(config: ParallelConfig, virtual_stages: int | None = None) -> World:
     if device.type == "cpu":
         cpu.install()
         cpu_matmul.install()
-        allocator.keep_memory()
+        if trains:
+            allocator.keep_memory()
     else:
         # Keeps communication kernels from overtaking the compute they wait for (Megatron-LM's recommendation).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

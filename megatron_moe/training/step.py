@@ -147,6 +147,7 @@ def evaluate(run: RunConfig, model: list[Any], batches: list[Iterator[Batch]], i
     reports: list[dict[str, Tensor]] = []
     for _ in range(iterations):
         reports += run_micro_batches(run, model, batches, count, forward_only=True)
+        allocator.relieve()
     for chunk in model:
         chunk.train()
     return mean_loss(reports)

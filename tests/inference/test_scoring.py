@@ -9,9 +9,10 @@ import pytest
 from megatron_moe.config.data import DataConfig
 from megatron_moe.inference.evaluation_data import cut_windows
 from megatron_moe.inference.score_file import score_row
+from megatron_moe.runtime import allocator
 from tests.helpers.distributed import run_ranks
 from tests.inference.conftest import train
-from tests.inference.on_ranks import plain_scores, windows_by_score
+from tests.inference.on_ranks import load, plain_scores, windows_by_score
 
 
 def test_scores_are_the_log_softmax_of_the_logits(checkpoint: Path) -> None:
@@ -34,6 +35,25 @@ def test_half_precision_checkpoint_in_fp32(tmp_path: Path, tiny_data: Path) -> N
 
 def _plain_scores_fp32(run_dir: Path) -> tuple:
     return plain_scores(run_dir, eval_fp32=True)
+
+
+def keeps_memory(run_dir: Path | None) -> bool:
+    """A rank that loads a checkpoint to score it, or that starts in order to train."""
+    from megatron_moe.config.parallel import ParallelConfig
+    from megatron_moe.runtime import allocator
+    from megatron_moe.runtime.distributed import start
+
+    if run_dir is None:
+        start(ParallelConfig(device="cpu"))
+    else:
+        load(run_dir)
+    return allocator._kept
+
+
+def test_memory_is_kept_from_step_to_step_of_training_only(checkpoint: Path) -> None:
+    """Batches to score have sizes of their own: kept memory would grow from one to the next."""
+    assert run_ranks(1, keeps_memory, checkpoint) == [False]
+    assert run_ranks(1, keeps_memory, None) == [allocator.is_glibc() and allocator.users_choice() is None]
 
 
 def test_evaluation_is_the_mean_over_scored_windows(checkpoint: Path, tiny_data: Path) -> None:
