@@ -188,6 +188,11 @@ sqrt(n) u, n being tens to hundreds here, and three steps pass that on. Losses a
 are dominated by the largest gradients: 50 u. Weights are compared with how far training has moved their tensor: a
 norm's weight is 1 and moves by 0.002, so its own rounding is already 3e-5 of that."""
 
+LEAST_CHANGE = 1e-3
+"""Of a tensor's values: what moves less is measured as if it had moved by that, since one unit in the last place would
+be more than the tolerance otherwise. The norms of an expert residual network, which starts as the identity, move by
+9e-5; a gradient that is wrong by a tenth still shows there."""
+
 DEFAULT_EPSILON = Tolerance(loss=1e-6, grad_norm=2e-5, weights=3e-3, measure="rms")
 """With Adam's default eps single weights are free, see `SMOOTH_ADAM`: a tensor's error is measured as a whole (root
 mean square against the root mean square of its change)."""
@@ -289,7 +294,9 @@ def deviation(whole: Whole, reference: Whole, measure: str = "largest") -> Devia
         (lambda tensor: np.abs(tensor).max()) if measure == "largest" else (lambda tensor: np.sqrt((tensor**2).mean()))
     )
     errors = {
-        key: float(size(whole.end[key] - tensor) / size(tensor - reference.start[key]))
+        key: float(
+            size(whole.end[key] - tensor) / max(size(tensor - reference.start[key]), LEAST_CHANGE * size(tensor))
+        )
         for key, tensor in reference.end.items()
     }
     furthest = max(errors, key=lambda key: errors[key])
