@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.run import RunConfig
@@ -17,6 +18,7 @@ from megatron_moe.model.init import initialize_weights
 from megatron_moe.model.specs import block_spec
 from megatron_moe.model.transformer_config import PyramidTransformerConfig, build_transformer_config
 from megatron_moe.moe import expert_bias
+from megatron_moe.moe.dispatch.choose import make_groups
 from megatron_moe.moe.inputs import CHANNELS
 from megatron_moe.moe.layer import moe_layers
 from megatron_moe.moe.routers.base import RouterStart
@@ -138,6 +140,7 @@ def build_model(run: RunConfig, *, inference: bool = False, initialize: bool = T
         raise ConfigError("--moe-token-dispatcher-type flex: needs a GPU; there is none here, use alltoall")
     replace.apply([expert_bias.REPLACEMENT])
     config = build_transformer_config(run, inference=inference)
+    make_groups(config, get_default_pg_collection())
     stages: list[int | None] = list(range(run.virtual_stages or 0)) or [None]
     chunks: list[GptChunk] = []
     for stage in stages:

@@ -98,10 +98,21 @@ def start(config: ParallelConfig, virtual_stages: int | None = None, *, trains: 
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
+        if device.type == "cpu":
+            _agree_on_products()
         _start_model_parallel(config, virtual_stages)
     else:
         start_alone(backend)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _agree_on_products() -> None:
+    """Let all ranks compute fp32 products the same way: rounded otherwise, a near-tie would send a token to different
+    experts on two tensor-parallel ranks."""
+    everywhere = torch.tensor(int(cpu_matmul.is_installed()))
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    if not everywhere:
+        cpu_matmul.uninstall()
 
 
 def start_alone(backend: str = "gloo") -> None:

@@ -26,12 +26,13 @@ _PLACES = {
 def sent_to() -> Iterator[Counter[int]]:
     """Bytes that this rank hands over for every other rank inside of the block, by the other's global rank."""
     found: Counter[int] = Counter()
-    originals = {name: getattr(dist.ProcessGroup, name) for name in _PLACES if hasattr(dist.ProcessGroup, name)}
+    # As they stand in the class: what getattr returns would not be a method any more when it is put back.
+    originals = {name: vars(dist.ProcessGroup)[name] for name in _PLACES if name in vars(dist.ProcessGroup)}
 
     def counting(name: str) -> Any:
         def method(group: dist.ProcessGroup, *args: Any, **options: Any) -> Any:
             _count(found, name, group, args)
-            return originals[name](group, *args, **options)
+            return originals[name].__get__(group)(*args, **options)
 
         return method
 

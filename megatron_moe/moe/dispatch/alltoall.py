@@ -139,4 +139,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         """For every token the sum over its experts, in the shape of the input."""
         if self.drop_and_pad:
             return super().combine_postprocess(permutated_local_input_tokens)
-        return sum_rows(permutated_local_input_tokens, self._permutation.fan).view(self.hidden_shape)
+        output_NH = sum_rows(permutated_local_input_tokens, self._permutation.fan)
+        # Autograd keeps what the backward pass needs; under recompute that is nothing.
+        del self._permutation
+        self._chunks = self.probs = self.routing_map = None
+        return output_NH.view(self.hidden_shape)

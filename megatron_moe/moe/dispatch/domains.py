@@ -40,16 +40,22 @@ def domain_dispatcher(
         config: of the layer.
         pg_collection: with the whole expert-parallel group.
     """
-    groups = cut_into_domains(shares_of(config.domains, config.routing), pg_collection.ep.size())
-    own = next(group for group in groups if pg_collection.ep.rank() in group.ranks)
+    own, pg_collection = own_domains(config, pg_collection)
     experts = own.experts(config.num_moe_experts)
     part = copy.copy(config)
     part.num_moe_experts, part.expert_model_parallel_size = len(experts), len(own.ranks)
-    if len(groups) > 1:
-        pg_collection = groups_among(pg_collection, own.ranks, timedelta(minutes=config.distributed_timeout_minutes))
     indices = [expert - experts.start for expert in local_expert_indices]
     kind = GroupedDomains if len(own.ranks) > 1 else OneRankDomains
     return kind(num_local_experts, indices, part, pg_collection, whole=config, own=own)
+
+
+def own_domains(config: Any, pg_collection: ProcessGroupCollection) -> tuple[DomainRanks, ProcessGroupCollection]:
+    """This rank's domains with the ranks that hold their experts, and the process groups of these ranks."""
+    groups = cut_into_domains(shares_of(config.domains, config.routing), pg_collection.ep.size())
+    own = next(group for group in groups if pg_collection.ep.rank() in group.ranks)
+    if len(groups) > 1:
+        pg_collection = groups_among(pg_collection, own.ranks, timedelta(minutes=config.distributed_timeout_minutes))
+    return own, pg_collection
 
 
 class _OwnDomains(MoETokenDispatcher):

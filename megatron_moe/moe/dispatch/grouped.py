@@ -21,7 +21,6 @@ R = their assignments to its experts, H = hidden size.
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
@@ -37,7 +36,7 @@ from megatron_moe.moe.dispatch.exchange import (
     spread,
 )
 from megatron_moe.moe.dispatch.expert_tensor import gather_rows, reduce_scatter_rows
-from megatron_moe.moe.dispatch.nodes import level_groups, node_grid, ranks_per_node
+from megatron_moe.moe.dispatch.nodes import groups_of_levels, ranks_per_node
 from megatron_moe.moe.dispatch.permutation import Permutation, copy_rows, permutation, sum_rows
 
 
@@ -65,8 +64,7 @@ class GroupedDispatcher(MoETokenDispatcher):
         super().__init__(config=config, pg_collection=pg_collection)
         assert local_expert_indices[0] == self.ep_rank * num_local_experts
         per_node = ranks_per_node(config.ranks_per_node)
-        grid = node_grid(dist.get_process_group_ranks(self.ep_group), per_node)
-        groups = level_groups(self.ep_group, grid, config.distributed_timeout_minutes)
+        groups = groups_of_levels(config, self.ep_group)
         self._wires = tuple(Wire(group, per_node) for group in groups)
         self._beside = Wire(self.tp_group, per_node) if self.tp_size > 1 else None
         self._levels: list[Level] = []
@@ -111,6 +109,9 @@ class GroupedDispatcher(MoETokenDispatcher):
         """For each token the sum over all ranks, [N, H]."""
         for level in reversed(self._levels):
             hidden_states = collect(hidden_states, level)
+        # Autograd keeps what the backward pass needs; under recompute that is nothing.
+        del self._permutation, self.routing_map
+        self._levels = []
         return hidden_states
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:

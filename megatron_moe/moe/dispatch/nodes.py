@@ -8,10 +8,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 
+from megatron_moe.config.base import ConfigError
 from megatron_moe.config.dispatch import check_equal_nodes, ranks_by_node
 from megatron_moe.moe.dispatch.counters import Link
 
@@ -19,6 +22,23 @@ from megatron_moe.moe.dispatch.counters import Link
 def ranks_per_node(given: int | None) -> int:
     """Ranks of one node: as --ranks-per-node says, else the launcher (LOCAL_WORLD_SIZE), else one node has all."""
     return given or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or dist.get_world_size()
+
+
+def check_launcher(group: dist.ProcessGroup) -> None:
+    """The launcher must say the same on all ranks of a group; nodes are drawn after it.
+
+    Raises:
+        ConfigError: nodes run different numbers of processes.
+    """
+    here = ranks_per_node(None)
+    extremes = torch.tensor([here, -here], device=torch.cuda.current_device())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most != least:
+        raise ConfigError(
+            f"--moe-token-dispatcher-type grouped: nodes run {least} to {most} processes; start as many on each, or "
+            "give --ranks-per-node"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,12 @@ def links(ranks: Sequence[int], per_node: int, rank: int) -> list[Link]:
     ]
 
 
+def groups_of_levels(config: Any, whole: dist.ProcessGroup) -> tuple[dist.ProcessGroup, ...]:
+    """`level_groups` of a layer whose experts are spread over `whole`."""
+    grid = node_grid(dist.get_process_group_ranks(whole), ranks_per_node(config.ranks_per_node))
+    return level_groups(whole, grid, config.distributed_timeout_minutes)
+
+
 # By the expert-parallel group: layers with the same one share them, and they go when it goes.
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[NodeGrid, tuple[dist.ProcessGroup, ...]]] = WeakKeyDictionary()
 
@@ -70,8 +96,7 @@ def level_groups(whole: dist.ProcessGroup, grid: NodeGrid, timeout_minutes: int)
     """For each of `grid.levels` the group that this rank exchanges with: ranks of its place on all nodes, then ranks of
     its node.
 
-    All ranks of `whole` must call this together, as they build their layers; ranks of other groups need not come along
-    (a pipeline stage may have no such layer).
+    All ranks of `whole` must call this together, before they build their layers (`choose.py:make_groups`).
     """
     from megatron.core import parallel_state
 

@@ -116,11 +116,13 @@ def permutation(map_NE: Tensor, rows: int, per_token: int | None = None) -> Perm
         per_token: assignments of every token, where all have the same number.
 
     Raises:
-        ValueError: the map has another number of assignments (on a CPU; elsewhere, counting would stop the device).
+        ValueError: the map has another number of assignments (on a CPU; a GPU fails at its next use).
     """
     tokens, columns = map_NE.shape
     map_EN = map_NE.t().contiguous()
     if map_NE.is_cuda:
+        # Fails on the device, without the host waiting for it.
+        torch._assert_async(map_NE.sum() == rows, "the routing map has another number of assignments than announced")
         column_R, token_R = torch.nonzero_static(map_EN, size=rows).unbind(1)
     else:
         column_R, token_R = map_EN.nonzero().unbind(1)
