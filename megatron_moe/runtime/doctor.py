@@ -228,6 +228,10 @@ def check_triton(device: str) -> Finding:
     )
 
 
+# Compute capabilities with a kernel (aten/src/ATen/native/cuda/GroupedBlas.cpp:_grouped_mm_cuda).
+GROUPED_KERNELS = (9, 10)
+
+
 def check_grouped_mm(device: str) -> Finding:
     """Runs torch's grouped matrix product, forward and backward, and compares it with a loop."""
     import torch
@@ -247,7 +251,10 @@ def check_grouped_mm(device: str) -> Finding:
     tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4
     if not all(torch.allclose(a, e, rtol=tolerance, atol=tolerance) for a, e in zip(actual, expected, strict=True)):
         return Finding("grouped_mm", "warning", "runs, but differs from a loop", "pip install -U torch")
-    return Finding("grouped_mm", "ok", f"forward and backward equal a loop ({str(dtype).removeprefix('torch.')})")
+    detail = f"forward and backward equal a loop ({str(dtype).removeprefix('torch.')})"
+    if device == "cuda" and torch.cuda.get_device_capability()[0] not in GROUPED_KERNELS:
+        detail += "; on this card torch's own is a loop as well, which waits for the device"
+    return Finding("grouped_mm", "ok", detail)
 
 
 def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]:
