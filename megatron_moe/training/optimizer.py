@@ -1,6 +1,7 @@
 """Optimizer, learning-rate schedule and data-parallel wrapping: megatron-core's, built from a run's flags."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,22 +123,15 @@ def _clip_in_the_update(optimizer: MegatronOptimizer) -> None:
     limit = limits.pop()
     for part in parts:
         part.config.clip_grad = 0.0
-    norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
-    norm = 0.0
 
-    def get_grad_norm() -> float:
-        nonlocal norm
-        norm = float(norm_of() or 0.0)
-        return norm
-
-    def step_with_ready_grads() -> bool:
+    def prepare(norm: float) -> bool:
         excess = (norm + 1.0e-6) / limit
         scale = torch.tensor(excess, device=torch.cuda.current_device()) if excess > 1.0 else None
         for part in parts:
             part.optimizer.grad_scale = scale
-        return bool(update())
+        return True
 
-    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+    _before_the_update(optimizer, prepare)
 
 
 def _let_sgd_be_loaded(optimizer: MegatronOptimizer) -> None:
@@ -189,6 +183,11 @@ def _refuse_nonfinite_gradients(optimizer: MegatronOptimizer) -> None:
     ChainedOptimizer.step`; its `grad_norm_skip_threshold` is never less than NaN): one bad batch would take all
     weights with it. The norm is the same on every rank, so all leave the update out together.
     """
+    _before_the_update(optimizer, math.isfinite)
+
+
+def _before_the_update(optimizer: MegatronOptimizer, prepare: Callable[[float], bool]) -> None:
+    """Call `prepare` with the gradient norm before each update, which is left out where it returns False."""
     norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     norm = 0.0
 
@@ -198,7 +197,7 @@ def _refuse_nonfinite_gradients(optimizer: MegatronOptimizer) -> None:
         return norm
 
     def step_with_ready_grads() -> bool:
-        return update() if math.isfinite(norm) else False
+        return bool(prepare(norm) and update())
 
     optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
 
