@@ -275,7 +275,11 @@ def choose_backends(device: str, findings: list[Finding]) -> tuple[Backend, ...]
         Backend("core attention", f"scaled_dot_product_attention ({plain})", f"with attention dropout: {dropout}"),
         Backend("norms", "torch LayerNorm / RMSNorm", "works with sequence parallelism, needs no Apex"),
         Backend("linear layers", "megatron-core Column/RowParallelLinear", engine),
-        Backend("experts", "grouped matrix products over stacked weights (torch grouped_mm)", engine),
+        Backend(
+            "experts",
+            "stacked weights, torch grouped_mm" if device == "cuda" else "stacked weights, one expert by one",
+            engine,
+        ),
         Backend(
             "dispatcher",
             f"alltoall over {collective}",
@@ -303,8 +307,8 @@ def _cpu_backends() -> tuple[Backend, ...]:
             "MKL takes AVX-512 on Intel's processors only" if onednn else "no AVX-512, or Intel's processor: MKL",
         ),
         Backend(
-            "memory of a step",
-            "kept for the next one" if keeps else "the allocator's choice",
+            "step memory",
+            "kept for the next step" if keeps else "the allocator's choice",
             "glibc would map and fault it anew" if keeps else f"{choice} is set" if choice else "no glibc",
         ),
     )
