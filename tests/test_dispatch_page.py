@@ -49,8 +49,8 @@ def test_both_pages_have_the_same_commands_tables_and_numbers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
-def test_commands_run(number: int, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_commands_of_four_ranks_run(number: int, tiny_data: Path, tmp_path: Path) -> None:
     """As they stand on the page, on fewer and smaller sequences."""
     words = [
         word.replace("data/train", f"{tiny_data}/train")

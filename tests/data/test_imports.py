@@ -6,7 +6,7 @@ from pathlib import Path
 
 import megatron_moe.data
 
-DATASETS = {"datasets.py", "sample_index.py", "sample_stream.py"}
+DATASETS = {"datasets.py", "domain_stream.py", "sample_index.py", "sample_stream.py"}
 PROGRAM = """
 import importlib, sys
 
