@@ -112,7 +112,8 @@ CASES = [
     Case(
         "expert size does not divide the experts",
         "--num-experts 6 8 --expert-model-parallel-size 4",
-        "--expert-model-parallel-size 4: must be a divisor or a multiple of the number of experts of every layer; layer 2 has 6",
+        "--expert-model-parallel-size 4: must be a divisor or a multiple of the number of experts of every layer; "
+        "layer 2 has 6",
         on_one=DRY,
     ),
     Case(
