@@ -46,7 +46,7 @@ _made: WeakKeyDictionary[Group, dict[tuple[int, ...], Group]] = WeakKeyDictionar
 
 
 def layer_groups(config: Any, whole: ProcessGroupCollection) -> LayerGroups:
-    """The groups of a layer; a collective where they are new, the same on all ranks of a pipeline stage.
+    """The groups of a layer; a collective where they are new (`dispatch/choose.py:make_groups` makes all beforehand).
 
     Args:
         config: the layer's own.
@@ -106,7 +106,7 @@ def _moved(group: Group, rank: int, ranks: list[int]) -> list[int]:
 
 
 def _group(whole: Group, members: Iterable[int], timeout: timedelta) -> Group:
-    """The group of these ranks, made by themselves alone: other pipeline stages may have no layer that needs it."""
+    """The group of these ranks, made by themselves alone."""
     made, ranks = _made.setdefault(whole, {}), tuple(sorted(members))
     if ranks not in made:
         made[ranks] = parallel_state.create_group(

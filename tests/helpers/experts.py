@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,3 +44,9 @@ def by_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def expert_of(name: str) -> int | None:
     """The number of the expert in a name that `by_expert` made, or None: it is of no expert."""
     return int(name.split("[")[1].rstrip("]")) if "[" in name else None
+
+
+def gradients_by_expert(loss: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a loss by the names of `wanted`, zeros where it does not reach; stacked experts taken apart."""
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return by_expert(dict(zip(wanted, found, strict=True)))

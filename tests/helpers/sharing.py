@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_moe.moe.inputs import RoutingInputs, pack_inputs, unpack_inputs
 from tests.helpers.distributed import run_ranks
 from tests.helpers.equivalence import SMOOTH_ADAM
-from tests.helpers.experts import by_expert, expert_of, naive_mlp
 from tests.helpers.experts import expert as expert_of_layer
+from tests.helpers.experts import expert_of, gradients_by_expert, naive_mlp
 from tests.helpers.models import Trained, assemble, assert_close, perturb, train_and_gather
 from tests.helpers.tiny import data_flags, tiny_run
 
@@ -88,11 +88,7 @@ def compare(layer: Any, route: Callable[[Tensor, RoutingInputs], Routes]) -> Com
     parameters = dict(layer.named_parameters())
 
     def gradients(output: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        wanted = {"input": tokens, **parameters}
-        found = torch.autograd.grad(
-            (output * probe).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True
-        )
-        return {"output": output} | by_expert(dict(zip(wanted, found, strict=True)))
+        return {"output": output} | gradients_by_expert((output * probe).sum(), {"input": tokens, **parameters})
 
     ours = gradients(out, x)
     y = x.detach().requires_grad_()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
 from tests.helpers.distributed import run_ranks
-from tests.helpers.experts import by_expert, expert_of, naive_mlp
 from tests.helpers.experts import expert as expert_of_layer
+from tests.helpers.experts import expert_of, gradients_by_expert, naive_mlp
 from tests.helpers.models import perturb
 from tests.helpers.tiny import tiny_run
 
@@ -226,11 +226,7 @@ def compare(flags: dict[str, Any]) -> dict[str, Any]:
     parameters = dict(layer.named_parameters())
 
     def gradients(output: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        wanted = {"input": tokens, **parameters}
-        found = torch.autograd.grad(
-            (output * probe).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True
-        )
-        return {"output": output} | by_expert(dict(zip(wanted, found, strict=True)))
+        return {"output": output} | gradients_by_expert((output * probe).sum(), {"input": tokens, **parameters})
 
     ours = gradients(out, x)
     y = x.detach().requires_grad_()
