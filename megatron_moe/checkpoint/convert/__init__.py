@@ -1,0 +1,1 @@
+"""Moves weights between formats: what belongs where (`blocks.py`), read and written a tensor at a time."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: which class holds a model, and the way there and back."""

@@ -1,0 +1,44 @@
+"""What a family of Hugging Face models must say of itself.
+
+A family is plain functions of configs: nothing here opens a file. `why_not` decides whether its class computes exactly
+what our model computes; `config` writes its config.json; `flags` reads one; `blocks` says where the weights are.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from megatron_moe.checkpoint.convert.blocks import Block
+from megatron_moe.config.run import RunConfig
+
+type HfConfig = Mapping[str, Any]
+
+
+class Family(Protocol):
+    """One class of transformers, both ways. Keys are those that its `save_pretrained` writes to disk."""
+
+    model_type: str
+    """`mixtral`: of config.json."""
+    architecture: str
+    """`MixtralForCausalLM`."""
+
+    def why_not(self, run: RunConfig) -> str | None:
+        """Why the class cannot compute what the run's model computes: flag, value and what the class has instead; None
+        where it is exact."""
+
+    def config(self, run: RunConfig) -> dict[str, Any]:
+        """What config.json says of the model, without token ids, dtype and architectures."""
+
+    def flags(self, config: HfConfig) -> dict[str, dict[str, Any]]:
+        """The run's sections (`model`, `moe`) that make the same model, as `config/yaml_io.py:build_run` takes them.
+
+        Raises:
+            UserError: a field has a value that our model has no flag for: the field, its value, what would be read.
+        """
+
+    def blocks(self, run: RunConfig) -> list[Block]:
+        """Where every weight is on both sides; covers each tensor of both exactly once.
+
+        Biases of the choice of experts and fixed tables are weights too."""
+
+    def fp32_names(self, run: RunConfig) -> frozenset[str]:
+        """Their tensors that stay fp32 whatever dtype is exported."""
