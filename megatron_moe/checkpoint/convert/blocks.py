@@ -61,6 +61,12 @@ class Block:
         """The box of one side."""
         return self.ours if side == "ours" else self.theirs
 
+    def with_side(self, side: Side, box: Box) -> "Block":
+        """The same block with another box on one side."""
+        if side == "ours":
+            return dataclasses.replace(self, ours=box)
+        return dataclasses.replace(self, theirs=box)
+
 
 def whole(name: str, shape: Sequence[int]) -> Box:
     """A whole tensor."""
@@ -145,7 +151,7 @@ def place(blocks: Iterable[Block], side: Side, name: str, *index: int) -> list[B
         box = block.side(side)
         if box is not None:
             box = Box(name, (*index, *box.start), ((1,) * len(index)) + box.size)
-            block = dataclasses.replace(block, **{side: box})
+            block = block.with_side(side, box)
         moved.append(block)
     return moved
 
@@ -158,7 +164,7 @@ def shift(blocks: Iterable[Block], side: Side, name: str, axis: int, offset: int
         if box is not None:
             start = list(box.start)
             start[axis] += offset
-            block = dataclasses.replace(block, **{side: Box(name, tuple(start), box.size)})
+            block = block.with_side(side, Box(name, tuple(start), box.size))
         moved.append(block)
     return moved
 
