@@ -1,9 +1,11 @@
 """The shape of the GPT decoder: everything about the network that is not its experts (`moe.py`)."""
 
+import math
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
-from megatron_moe.config.base import ConfigError, format_value, require, require_fraction, require_positive
+from megatron_moe.config.base import ConfigError, flag_name, format_value, require, require_fraction, require_positive
 
 MOST_LAYERS = 10_000
 # What an index of torch's kernels holds.
@@ -38,6 +40,10 @@ class ModelConfig:
     """Base period of the rotary embeddings."""
     rotary_percent: float = 1.0
     """Fraction of a head's channels that are rotated."""
+    use_rope_scaling: bool = False
+    """Stretch the slow rotary frequencies as Llama 3.1 does, whose text of 8192 tokens became longer."""
+    rope_scaling_factor: float = 8.0
+    """How many times longer they become (Llama 3.1: 8, 3.2: 32); fast ones stay, those between are mixed."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Which norm."""
     norm_epsilon: float = 1e-5
@@ -46,6 +52,8 @@ class ModelConfig:
     """Gated SiLU in the MLPs and experts instead of GELU."""
     squared_relu: bool = False
     """relu(x)^2 in the MLPs and experts instead of GELU."""
+    gelu_tanh: bool = False
+    """GELU by its tanh approximation in the MLPs and experts (GPT-2, and Megatron-LM's fused bias and GELU)."""
     disable_bias_linear: bool = False
     """No biases in the linear layers."""
     add_qkv_bias: bool = False
@@ -127,8 +135,13 @@ class ModelConfig:
         require(0.0 < self.rotary_percent <= 1.0, "rotary_percent", self.rotary_percent, "in (0, 1]")
         require(self.norm_epsilon > 0.0, "norm_epsilon", self.norm_epsilon, "greater than 0")
         require(self.init_method_std > 0.0, "init_method_std", self.init_method_std, "greater than 0")
-        if self.swiglu and self.squared_relu:
-            raise ConfigError("--swiglu and --squared-relu: give one of them")
+        for one, two in combinations(("swiglu", "squared_relu", "gelu_tanh"), 2):
+            if getattr(self, one) and getattr(self, two):
+                raise ConfigError(f"{flag_name(one)} and {flag_name(two)}: give one of them")
+        factor = self.rope_scaling_factor
+        require(1.0 <= factor < math.inf, "rope_scaling_factor", factor, "at least 1")
+        if factor != type(self).rope_scaling_factor and not self.use_rope_scaling:
+            raise ConfigError(f"--rope-scaling-factor {factor}: needs --use-rope-scaling")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"--hidden-size {self.hidden_size}: must be a multiple of --num-attention-heads "

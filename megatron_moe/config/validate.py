@@ -156,7 +156,7 @@ def _check_dense(run: RunConfig) -> None:
             if value != field.default:
                 raise ConfigError(f"{flag_name(field.name)} {format_value(value)}: needs --num-experts")
     if run.model.position_embedding_type != "rope":
-        for name in ("rotary_base", "rotary_percent"):
+        for name in ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor"):
             value = getattr(run.model, name)
             default = next(field.default for field in fields(run.model) if field.name == name)
             if value != default:

@@ -42,12 +42,16 @@ def _model(run: RunConfig) -> list[str]:
     model, moe = run.model, run.moe
     layout = expert_layout(run)
     activation = "SwiGLU" if model.swiglu else "squared ReLU" if model.squared_relu else "GELU"
+    activation += " by tanh" if model.gelu_tanh else ""
+    positions = model.position_embedding_type + (
+        f" (scaled by {model.rope_scaling_factor:g})" if model.use_rope_scaling else ""
+    )
     biases = "no biases" if model.disable_bias_linear else "biases"
     tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
     lines = [
         f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} attention heads "
         f"of {model.head_dim}, {model.query_groups} key/value heads, sequence {model.seq_length}",
-        f"{model.position_embedding_type} positions, {model.normalization}, {activation}, {biases}, {tied} embeddings",
+        f"{positions} positions, {model.normalization}, {activation}, {biases}, {tied} embeddings",
     ]
     if model.cla_share_factor > 1:
         lines.append(f"cross-layer attention: {model.cla_share_factor} layers share keys and values")

@@ -18,7 +18,7 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
-from megatron_moe.moe.experts.activations import squared_relu
+from megatron_moe.moe.experts.activations import gelu_tanh, squared_relu
 from megatron_moe.moe.layout import expert_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,6 +157,8 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
 def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     if model.swiglu:
         return F.silu
+    if model.gelu_tanh:
+        return gelu_tanh
     return squared_relu if model.squared_relu else F.gelu
 
 

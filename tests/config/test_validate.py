@@ -225,6 +225,18 @@ def test_legal_runs(words: str, world_size: int) -> None:
         (BASE + "--moe-aux-loss-coeff 0.02", 1, "--moe-aux-loss-coeff 0.02: needs --num-experts"),
         (BASE + "--moe-layer-freq 1 0", 1, "--moe-layer-freq 1 0: needs --num-experts"),
         (BASE + "--rotary-percent 0.5", 1, "--rotary-percent 0.5: needs --position-embedding-type rope"),
+        (BASE + "--use-rope-scaling", 1, "--use-rope-scaling True: needs --position-embedding-type rope"),
+        (
+            BASE + "--position-embedding-type rope --rope-scaling-factor 4",
+            1,
+            "--rope-scaling-factor 4.0: needs --use-rope-scaling",
+        ),
+        (
+            BASE + "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 0.5",
+            1,
+            "--rope-scaling-factor 0.5: must be at least 1",
+        ),
+        (BASE + "--gelu-tanh --swiglu", 1, "--swiglu and --gelu-tanh: give one of them"),
         (
             MOE + "--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0 --moe-router-topk-scaling-factor 2",
             1,

@@ -22,6 +22,15 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (GPT-2's `gelu_new`)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=out)
+
+
 def _gelu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
     torch.ops.aten.gelu_backward.grad_input(gradient, x, grad_input=out)
 
@@ -40,6 +49,7 @@ def _squared_relu_backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
 
 DERIVATIVES: dict[Callable[..., Tensor], Derivative] = {
     F.gelu: _gelu_backward,
+    gelu_tanh: _gelu_tanh_backward,
     F.silu: _silu_backward,
     F.relu: _relu_backward,
     squared_relu: _squared_relu_backward,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.moe.experts import functions, products
-from megatron_moe.moe.experts.activations import DERIVATIVES, Activation, squared_relu
+from megatron_moe.moe.experts.activations import DERIVATIVES, Activation, gelu_tanh, squared_relu
 from megatron_moe.moe.experts.functions import ExpertMath, ExpertWeights, expert_mlp
 
 H, WIDTH = 24, 16
@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {
     "GELU with biases": (F.gelu, False, True),
     "SwiGLU": (F.silu, True, False),
     "SwiGLU with biases": (F.silu, True, True),
+    "GELU by tanh": (gelu_tanh, False, True),
     "squared ReLU": (squared_relu, False, True),
     "ReLU": (F.relu, False, True),
 }
@@ -148,7 +149,8 @@ def test_every_activation_is_tested() -> None:
 
 
 def test_other_activations_are_refused() -> None:
-    with pytest.raises(ConfigError, match="activation tanh: grouped experts have gelu, relu, silu, squared_relu"):
+    known = "gelu, gelu_tanh, relu, silu, squared_relu"
+    with pytest.raises(ConfigError, match=f"activation tanh: grouped experts have {known}"):
         Activation(torch.tanh, gated=False)
 
 
