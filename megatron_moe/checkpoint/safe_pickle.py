@@ -32,6 +32,8 @@ class Record:
     made_by: Reference
     args: Any
     state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What was put into it by key: an `OrderedDict` is a record with items."""
     is_key: bool = field(default=False, repr=False)
 
 
@@ -185,7 +187,7 @@ class _Machine:
         if len(items) % 2:
             raise _Malformed("a key without value")
         target = _expect(self._stack[-1], dict, Record)
-        pairs = target if isinstance(target, dict) else {}
+        pairs = target if isinstance(target, dict) else target.items
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Deeply nested keys could not be hashed.
             if not isinstance(key, (str, int, Record)):
