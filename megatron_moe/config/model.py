@@ -62,6 +62,9 @@ class ModelConfig:
     """An output projection of its own instead of the transposed embedding."""
     qk_layernorm: bool = False
     """Normalise every query and key head before the dot product."""
+    qk_layernorm_type: Literal["head", "projection"] = "head"
+    """What --qk-layernorm normalises: each head by itself, with the same weights for all (Qwen3), or all heads of a
+    token as one vector (OLMoE)."""
     attention_weight_reuse_prob: float = 1.0
     """Probability that a layer computes its attention weights; otherwise it takes those of the layer before (HunYuan
     1T: 0.5). Drawn for every layer and micro-batch, in training only; attention dropout is drawn anew on weights that
@@ -138,6 +141,15 @@ class ModelConfig:
         for one, two in combinations(("swiglu", "squared_relu", "gelu_tanh"), 2):
             if getattr(self, one) and getattr(self, two):
                 raise ConfigError(f"{flag_name(one)} and {flag_name(two)}: give one of them")
+        if self.qk_layernorm_type != "head":
+            kind = f"--qk-layernorm-type {self.qk_layernorm_type}"
+            for needed, flag in (
+                (self.qk_layernorm, "--qk-layernorm"),
+                (self.normalization == "RMSNorm", "--normalization RMSNorm"),
+                (self.transformer_impl == "local", "--transformer-impl local"),
+            ):
+                if not needed:
+                    raise ConfigError(f"{kind}: needs {flag}")
         factor = self.rope_scaling_factor
         require(1.0 <= factor < math.inf, "rope_scaling_factor", factor, "at least 1")
         if factor != type(self).rope_scaling_factor and not self.use_rope_scaling:

@@ -215,7 +215,9 @@ def attention_size(run: RunConfig, number: int = 1) -> Size:
     if not model.disable_bias_linear:
         size += Size(whole=model.hidden_size)
     if model.qk_layernorm:
-        size += norm_size(run, model.head_dim) * 2
+        alone = model.qk_layernorm_type == "head"
+        for heads in (model.num_attention_heads, model.query_groups):
+            size += norm_size(run, model.head_dim * (1 if alone else heads))
     return size
 
 

@@ -34,6 +34,7 @@ from megatron_moe.model.cross_layer_attention import (
 from megatron_moe.model.layer import CarryingLayer
 from megatron_moe.model.mlp import DenseMlp
 from megatron_moe.model.norms import build_norm
+from megatron_moe.model.projection_norm import ProjectionNorm
 from megatron_moe.model.transformer_config import PyramidTransformerConfig
 from megatron_moe.model.weight_reuse import ReusingAttention, ReusingLayer
 from megatron_moe.moe.expert_residual import ExpertResidualSubmodules
@@ -125,12 +126,17 @@ def layer_class(config: PyramidTransformerConfig) -> type[TransformerLayer]:
 def attention_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider, number: int) -> ModuleSpec:
     """The attention of layer `number`."""
     fused = backend.fuse_layernorm_and_linear()
-    qk_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+    q_norm = k_norm = IdentityOp
+    if config.qk_layernorm:
+        q_norm = k_norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+    if config.qk_layernorm_type == "projection":
+        q_norm = partial(ProjectionNorm, heads=config.num_attention_heads)
+        k_norm = partial(ProjectionNorm, heads=config.num_query_groups)
     parts: dict[str, Any] = {
         "core_attention": backend.core_attention(),
         "linear_proj": backend.row_parallel_linear(),
-        "q_layernorm": qk_norm if config.qk_layernorm else IdentityOp,
-        "k_layernorm": qk_norm if config.qk_layernorm else IdentityOp,
+        "q_layernorm": q_norm,
+        "k_layernorm": k_norm,
     }
     projection = backend.column_parallel_layer_norm_linear() if fused else backend.column_parallel_linear()
     params = {"attn_mask_type": AttnMaskType.causal}

@@ -59,6 +59,8 @@ class PyramidTransformerConfig(TransformerConfig):
     """Probability that a layer computes its attention weights (`model/weight_reuse.py`)."""
     attention_weight_reuse_span: int = 1
     """Layers 1, span+1, ... always compute them."""
+    qk_layernorm_type: str = "head"
+    """`head` or `projection` (`model/projection_norm.py`)."""
     cla_share_factor: int = 1
     """Layers 1, factor+1, ... have keys and values (`model/cross_layer_attention.py`)."""
 
@@ -104,6 +106,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        qk_layernorm_type=model.qk_layernorm_type,
         attention_dropout=0.0 if inference else model.attention_dropout,
         hidden_dropout=0.0 if inference else model.hidden_dropout,
         init_method_std=model.init_method_std,

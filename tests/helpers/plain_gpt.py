@@ -88,8 +88,13 @@ def _weights(run: RunConfig, part: dict[str, Tensor], query: Tensor, key: Tensor
     """A [B, S, S] of every head."""
     model = run.model
     if model.qk_layernorm:
-        query = _norm(run, part, "self_attention.q_layernorm", query)
-        key = _norm(run, part, "self_attention.k_layernorm", key)
+        together = model.qk_layernorm_type == "projection"
+        query, key = (
+            _norm(run, part, f"self_attention.{name}", x.flatten(2)).view_as(x)
+            if together
+            else _norm(run, part, f"self_attention.{name}", x)
+            for name, x in (("q_layernorm", query), ("k_layernorm", key))
+        )
     if model.position_embedding_type == "rope":
         query, key = _rotate(query), _rotate(key)
     length = query.shape[1]
