@@ -116,6 +116,12 @@ class InferenceModel:
         self._output_rank = dist.get_process_group_ranks(self._group)[first_of_last]
 
     @property
+    def module(self) -> torch.nn.Module:
+        """This rank's part of the model itself."""
+        module: torch.nn.Module = self._chunk
+        return module
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
         return self.saved.tokenizer

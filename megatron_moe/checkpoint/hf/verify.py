@@ -1,0 +1,209 @@
+"""The proof of a conversion: both models read the same texts, each in its own program, and their logits are compared.
+
+Ours is loaded from the run's checkpoint and computes in float32, with its weights rounded to the type that was
+exported. Theirs is loaded by `fresh_process.py`, which has never seen this package. Nothing may be missing, unexpected
+or of another shape, and no logit may be off by more than `TOLERANCE`.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.checkpoint.hf.texts import proof_ids
+from megatron_moe.config.base import UserError
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.inference.options import LoadOptions
+from megatron_moe.inference.saved_model import SavedModel, open_checkpoint
+
+TOLERANCE = 1e-4
+_SCRIPT = Path(__file__).with_name("fresh_process.py")
+_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+_PROBLEMS = {
+    "missing_keys": "is needed by the class but not in the folder, so it would be random",
+    "unexpected_keys": "is in the folder but not read by the class",
+    "mismatched_keys": "has another shape than the class needs",
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured."""
+
+    model_class: str
+    """Of transformers, as it was loaded."""
+    documents: int
+    tokens: int
+    dtype: str
+    """Of the exported weights; both compute in float32."""
+    max_difference: float
+    """Of any logit."""
+    mean_difference: float
+    largest_logit: float
+    kl: float
+    """Mean over tokens of the divergence of their next-token probabilities from ours, nats."""
+    same_top: float
+    """Share of tokens after which both find the same token most likely."""
+    versions: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """A screen about it."""
+        return [
+            f"verified with {self.model_class} in a fresh process (transformers {self.versions['transformers']}, torch "
+            f"{self.versions['torch']}): 0 missing, 0 unexpected, 0 mismatched keys",
+            f"logits of {self.tokens} tokens in {self.documents} texts, weights in {self.dtype}, both computed in "
+            f"float32: max |difference| {self.max_difference:.2e}, mean {self.mean_difference:.2e} "
+            f"(largest logit {self.largest_logit:.1f}), KL {self.kl:.1e}, same top token {self.same_top:.2%}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a mapping."""
+        return asdict(self)
+
+
+def prove(
+    run_dir: Path,
+    iteration: int | None,
+    folder: Path,
+    *,
+    dtype: str,
+    exact_names: frozenset[str] = frozenset(),
+    remote_code: bool = False,
+    tolerance: float = TOLERANCE,
+    debug: bool = False,
+) -> Proof:
+    """Compare a checkpoint of ours with a Hugging Face folder.
+
+    Args:
+        run_dir: of ours.
+        iteration: its step; the latest by default.
+        folder: of theirs.
+        dtype: of their weights, such as `bfloat16`; ours are rounded to it.
+        exact_names: our parameters that theirs keep unrounded.
+        remote_code: whether the folder's own code may run; only for code that is ours.
+        tolerance: the largest difference of a logit.
+        debug: show what the fresh process prints.
+
+    Raises:
+        UserError: the folder cannot be loaded, a key is missing or unexpected, or the logits are off.
+    """
+    options = LoadOptions(load=str(run_dir), iteration=iteration, eval_fp32=True)
+    saved = open_checkpoint(options, ParallelConfig(device="cpu"), 1)
+    ids = proof_ids(saved.tokenizer, saved.vocab_size, saved.max_positions)
+    count = saved.run.model.num_domains
+    domains = [row % count for row in range(len(ids))] if count is not None else None
+    with tempfile.TemporaryDirectory(prefix="megatron_moe-proof-") as scratch:
+        logits = our_logits(saved, ids, domains, dtype, exact_names, Path(scratch))
+        # One model in memory at a time.
+        gc.collect()
+        answer = _ask(folder, ids, domains, logits, remote_code, Path(scratch), debug)
+    return _judge(answer, folder, dtype, tolerance)
+
+
+def our_logits(
+    saved: SavedModel,
+    ids: Sequence[Sequence[int]],
+    domains: Sequence[int] | None,
+    dtype: str,
+    exact_names: frozenset[str],
+    scratch: Path,
+) -> list[str]:
+    """Write our logits [S, V] of every row to a file; returns their paths."""
+    import numpy as np
+    import torch
+
+    from megatron_moe.inference.model import load_saved
+
+    model = load_saved(saved)
+    rounded = getattr(torch, dtype)
+    for name, parameter in model.module.named_parameters():
+        if name not in exact_names:
+            parameter.data = parameter.data.to(rounded).to(parameter.dtype)
+    paths = []
+    for row, tokens in enumerate(ids):
+        domain = None if domains is None else torch.tensor([[domains[row]]])
+        path = scratch / f"row{row}.npy"
+        np.save(path, model.logits([list(tokens)], domain)[0].numpy())
+        paths.append(str(path))
+    return paths
+
+
+def _ask(
+    folder: Path,
+    ids: Sequence[Sequence[int]],
+    domains: Sequence[int] | None,
+    logits: list[str],
+    remote_code: bool,
+    scratch: Path,
+    debug: bool,
+) -> dict[str, Any]:
+    """What the fresh process answers."""
+    import torch
+
+    request, answer = scratch / "request.json", scratch / "answer.json"
+    content = {
+        "folder": str(folder.resolve()),
+        "remote_code": remote_code,
+        "ids": ids,
+        # A native class that knows none gives every domain the same.
+        "domains": domains if remote_code else None,
+        "logits": logits,
+        "threads": torch.get_num_threads(),
+        "debug": debug,
+    }
+    request.write_text(json.dumps(content), encoding="utf-8")
+    # transformers copies code of a folder into its cache.
+    environment = {**os.environ, "HF_HOME": str(scratch / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-I", str(_SCRIPT), str(request), str(answer)]
+    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=not debug, text=True, check=False)
+    if done.returncode or not answer.is_file():
+        last = (done.stderr or "").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        killed = " (killed: out of memory?)" if done.returncode < 0 else ""
+        raise UserError(
+            f"verify {folder}: the process that loads it failed{killed}: {last[0][:300]}; --debug shows more"
+        )
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def _judge(answer: dict[str, Any], folder: Path, dtype: str, tolerance: float) -> Proof:
+    if "error" in answer:
+        raise UserError(f"verify {folder}: transformers cannot load it: {answer['error']}")
+    for name in _KEYS:
+        if keys := answer[name]:
+            more = f" (and {len(keys) - 1} others)" if len(keys) > 1 else ""
+            raise UserError(f"verify {folder}: {keys[0]} {_PROBLEMS[name]}{more}")
+    rows = answer["rows"]
+    for row in rows:
+        if "shapes" in row:
+            ours, theirs = row["shapes"]
+            raise UserError(f"verify {folder}: logits have the shape {theirs}, those of our model {ours}")
+    tokens = sum(row["tokens"] for row in rows)
+    means = {name: sum(row[name] * row["tokens"] for row in rows) / tokens for name in ("mean", "kl", "same_top")}
+    worst = max(row["max"] for row in rows)
+    proof = Proof(
+        model_class=answer["class"],
+        documents=len(rows),
+        tokens=tokens,
+        dtype=dtype,
+        max_difference=worst,
+        mean_difference=means["mean"],
+        largest_logit=max(row["largest_logit"] for row in rows),
+        kl=means["kl"],
+        same_top=means["same_top"],
+        versions=answer["versions"],
+    )
+    if not all(row["finite"] for row in rows):
+        raise UserError(f"verify {folder}: some logits are not finite; the weights overflow in {dtype}, or are damaged")
+    if not worst <= tolerance:
+        raise UserError(
+            f"verify {folder}: logits differ by up to {worst:.2e} (mean {means['mean']:.2e}, largest logit "
+            f"{proof.largest_logit:.1f}, same top token {means['same_top']:.2%}); at most {tolerance:.0e} is allowed"
+        )
+    return proof
