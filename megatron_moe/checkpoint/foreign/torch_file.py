@@ -109,7 +109,11 @@ class StoredTensor:
         Raises:
             UserError: the numbers do not fit the shape, or do not lie in order.
         """
-        if math.prod(shape) != math.prod(self.shape) or self.stride != _in_order(self.shape):
+        in_order = all(
+            length == 1 or step == due
+            for length, step, due in zip(self.shape, self.stride, _in_order(self.shape), strict=True)
+        )
+        if math.prod(shape) != math.prod(self.shape) or not in_order:
             raise UserError(f"{self.storage.path}: a tensor of shape {self.shape} cannot be {shape}")
         return replace(self, shape=shape, stride=_in_order(shape))
 
