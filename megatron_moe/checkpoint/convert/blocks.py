@@ -169,6 +169,17 @@ def shift(blocks: Iterable[Block], side: Side, name: str, axis: int, offset: int
     return moved
 
 
+def turned(blocks: Iterable[Block]) -> list[Block]:
+    """The same blocks with their tensors, all matrices, lying the other way round."""
+    result = []
+    for block in blocks:
+        box = block.theirs
+        if box is not None:
+            box = Box(box.name, box.start[::-1], box.size[::-1])
+        result.append(dataclasses.replace(block, theirs=box, transposed=not block.transposed))
+    return result
+
+
 def scaled(blocks: Iterable[Block], factor: float) -> list[Block]:
     """The same blocks with theirs `factor` times as large."""
     return [dataclasses.replace(block, scale=block.scale * factor) for block in blocks]

@@ -51,7 +51,9 @@ class Abilities:
     biases: frozenset[Biases] = frozenset({"none"})
     """Linear layers with biases: none, those of query, key and value, or all."""
     qk_norm: frozenset[bool] = frozenset({False})
-    """Whether it can do without, and with, a norm of every query and key head."""
+    """Whether it can do without, and with, a norm on queries and keys."""
+    qk_norm_type: Literal["head", "projection"] = "head"
+    """What that takes: a head, or all heads of a token as one vector."""
     own_head_dim: bool = True
     """Heads may have a width other than hidden size / heads."""
     untied: frozenset[bool] = frozenset({False, True})
@@ -105,6 +107,9 @@ def _model_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
     if model.qk_layernorm not in can.qk_norm:
         flag = "--qk-layernorm" if model.qk_layernorm else "no --qk-layernorm"
         yield f"{flag}: {what} has {'no norm' if model.qk_layernorm else 'a norm'} on queries and keys"
+    elif model.qk_layernorm and model.qk_layernorm_type != can.qk_norm_type:
+        has = "every head by itself" if can.qk_norm_type == "head" else "all heads together"
+        yield f"--qk-layernorm-type {model.qk_layernorm_type}: {what} normalises {has}"
     if not can.own_head_dim and model.head_dim * model.num_attention_heads != model.hidden_size:
         yield f"--kv-channels {model.head_dim}: {what} has heads of hidden size / heads"
     if model.untie_embeddings_and_output_weights not in can.untied:
@@ -267,6 +272,7 @@ MATTERS: dict[type, frozenset[str]] = {
             "add_qkv_bias",
             "untie_embeddings_and_output_weights",
             "qk_layernorm",
+            "qk_layernorm_type",
             "cla_share_factor",
             "domain_embedding",
             "vocab_size",

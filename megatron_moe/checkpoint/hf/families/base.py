@@ -40,5 +40,9 @@ class Family(Protocol):
 
         Biases of the choice of experts and fixed tables are weights too."""
 
+    def stored_name(self, name: str) -> str | None:
+        """The name in `blocks` of what a file calls `name`, where older files spell it otherwise; None for what they
+        hold beside the weights: buffers that are computed anew."""
+
     def fp32_names(self, run: RunConfig) -> frozenset[str]:
         """Their tensors that stay fp32 whatever dtype is exported."""

@@ -21,6 +21,10 @@ class NativeFamily:
         """The same on one line; None where it is exact."""
         return "; ".join(self.reasons(run)) or None
 
+    def stored_name(self, name: str) -> str | None:
+        """The name in `blocks` of what a file calls `name`; rotary frequencies of older files are left out."""
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
     def fp32_names(self, run: RunConfig) -> frozenset[str]:
         """Their tensors that stay fp32 whatever dtype is exported: none."""
         del run
