@@ -102,8 +102,8 @@ def _model_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
             "qkv": "--add-qkv-bias",
             "all": "biases in all linear layers (no --disable-bias-linear)",
         }[biases]
-        has = {"none": "none", "qkv": "those of query, key and value", "all": "all of them"}
-        yield f"{named}: {what} has {' or '.join(has[one] for one in has if one in can.biases)}"
+        words = {"none": "none", "qkv": "those of query, key and value", "all": "all of them"}
+        yield f"{named}: {what} has {' or '.join(words[one] for one in words if one in can.biases)}"
     if model.qk_layernorm not in can.qk_norm:
         flag = "--qk-layernorm" if model.qk_layernorm else "no --qk-layernorm"
         yield f"{flag}: {what} has {'no norm' if model.qk_layernorm else 'a norm'} on queries and keys"

@@ -46,14 +46,18 @@ class Fields:
     Args:
         config: what the file says.
         defaults: of the class, for the fields that are read.
+        aliases: other names that the class takes for a field.
     """
 
-    def __init__(self, config: HfConfig, defaults: Mapping[str, Any]) -> None:
-        self._config, self._defaults = config, defaults
+    def __init__(self, config: HfConfig, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> None:
+        self._config, self._defaults, self._aliases = config, defaults, aliases or {}
 
     def get(self, name: str) -> Any:
         """The value of a field, or its default; None where it has neither."""
-        return self._config[name] if name in self._config else self._defaults.get(name)
+        for known in (name, self._aliases.get(name, name)):
+            if known in self._config:
+                return self._config[known]
+        return self._defaults.get(name)
 
     def refuse(self, name: str, legal: str) -> UserError:
         """The error for a field whose value is not read."""
@@ -175,6 +179,32 @@ def check_storage(fields: Fields) -> None:
         )
     if fields.get("per_layer_config"):
         raise fields.refuse("per_layer_config", "left out: layers with sizes of their own are not read")
+
+
+def sparse_flags(fields: Fields) -> dict[str, Any]:
+    """Which layers have experts, by `mlp_only_layers` and `decoder_sparse_step` of the Qwen families.
+
+    Raises:
+        UserError: none has.
+    """
+    dense, step = fields.layers("mlp_only_layers"), fields.whole("decoder_sparse_step")
+    count = fields.whole("num_hidden_layers")
+    pattern = tuple(int(layer not in dense and (layer + 1) % step == 0) for layer in range(count))
+    if not any(pattern):
+        raise fields.refuse("mlp_only_layers", f"fewer: no layer has experts, with decoder_sparse_step {step}")
+    return {} if all(pattern) else {"moe_layer_freq": pattern}
+
+
+def renormalised(fields: Fields) -> bool:
+    """Whether the chosen experts' weights are made to sum to 1 (`norm_topk_prob`).
+
+    Raises:
+        UserError: they are, and a token has one expert, whose weight no flag makes 1.
+    """
+    value = fields.flag("norm_topk_prob")
+    if value and fields.whole("num_experts_per_tok") == 1:
+        raise fields.refuse("norm_topk_prob", "false with num_experts_per_tok 1, or the only expert's weight is 1")
+    return value
 
 
 def check_window(fields: Fields, used: bool = True) -> None:

@@ -67,6 +67,11 @@ def experts_in(run: RunConfig, layer: int) -> int:
     return expert_layout(run).experts_in(layer + 1)
 
 
+def dense_layers(run: RunConfig) -> list[int]:
+    """The layers without experts, counted from 0."""
+    return [layer for layer in range(run.model.num_layers) if not is_moe(run, layer)]
+
+
 def shared_path(run: RunConfig) -> SharedPath | None:
     """The path beside the experts; a residual MLP that is added is one, as wide as an expert.
 
@@ -139,7 +144,7 @@ def layer_norms(
 
 
 def attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
-    """Self-attention with Llama's names: q_proj, k_proj, v_proj, o_proj, their biases, q_norm and k_norm of one head.
+    """Self-attention with Llama's names: q_proj, k_proj, v_proj, o_proj, their biases, q_norm and k_norm.
 
     Args:
         run: the model.
@@ -162,8 +167,10 @@ def attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
     if not model.disable_bias_linear:
         blocks += rename(f"{ours}linear_proj.bias", f"{theirs}o_proj.bias", (model.hidden_size,))
     if model.qk_layernorm:
-        blocks += norm(model, f"{ours}q_layernorm", f"{theirs}q_norm", model.head_dim)
-        blocks += norm(model, f"{ours}k_layernorm", f"{theirs}k_norm", model.head_dim)
+        alone = model.qk_layernorm_type == "head"
+        for name, count in (("q", model.num_attention_heads), ("k", groups)):
+            norm_width = model.head_dim * (1 if alone else count)
+            blocks += norm(model, f"{ours}{name}_layernorm", f"{theirs}{name}_norm", norm_width)
     return blocks
 
 

@@ -1,0 +1,139 @@
+"""Qwen2-MoE, the class that holds most: weights that sum to 1 or not, one expert a token or more, dense layers
+anywhere, biases on queries, keys and values, and a shared expert with a sigmoid gate.
+
+It always has that shared expert. Without a gate ours is there with a gate of zeros, which makes 1/2 of it, and a second
+matrix twice as large: exact in every binary format. Without any, a narrow one of zeros adds nothing.
+"""
+
+from typing import Any, ClassVar
+
+from megatron_moe.checkpoint.convert.blocks import Block, only_theirs, rename
+from megatron_moe.checkpoint.hf.families import parts
+from megatron_moe.checkpoint.hf.families.abilities import Abilities
+from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.fields import (
+    Fields,
+    check_window,
+    common_config,
+    common_flags,
+    renormalised,
+    sparse_flags,
+)
+from megatron_moe.checkpoint.hf.families.native import NativeFamily, sums_to_one
+from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.layout import expert_layout
+
+NO_SHARED_WIDTH = 32
+"""Width of the shared expert that a model without one gets: the rows of llama.cpp's quantised formats have at least
+that many numbers."""
+
+
+class Qwen2Moe(NativeFamily):
+    """`Qwen2MoeForCausalLM`."""
+
+    model_type = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    abilities = Abilities(
+        biases=frozenset({"none", "qkv"}),
+        dense="any",
+        renormalised=frozenset({False, True}),
+        shared=frozenset({"none", "plain", "gated"}),
+    )
+    defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "norm_topk_prob": False,
+        "qkv_bias": True,
+        "rope_theta": 10000.0,
+    }
+
+    def config(self, run: RunConfig) -> dict[str, Any]:
+        """What config.json says of the model."""
+        model, shared = run.model, parts.shared_path(run)
+        own_width = model.head_dim * model.num_attention_heads != model.hidden_size
+        return {
+            **common_config(run),
+            # The class takes it, but does not name it among its fields.
+            **({"head_dim": model.head_dim} if own_width else {}),
+            "intermediate_size": model.ffn_size,
+            "moe_intermediate_size": run.expert_ffn_size,
+            "shared_expert_intermediate_size": NO_SHARED_WIDTH if shared is None else shared.width,
+            "num_experts": expert_layout(run).max_experts,
+            "num_experts_per_tok": run.moe.moe_router_topk,
+            "norm_topk_prob": sums_to_one(run),
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": parts.dense_layers(run),
+            "qkv_bias": model.add_qkv_bias,
+            "use_sliding_window": False,
+        }
+
+    def flags(self, config: HfConfig) -> dict[str, dict[str, Any]]:
+        """The sections that make the same model."""
+        fields = Fields(config, self.defaults)
+        sliding = fields.flag("use_sliding_window")
+        check_window(fields, sliding)
+        if not sliding and any(kind != "full_attention" for kind in fields.get("layer_types") or ()):
+            raise fields.refuse("layer_types", "full_attention in every layer")
+        return {
+            "model": common_flags(fields, qkv_bias=fields.flag("qkv_bias")),
+            "moe": {
+                "num_experts": (fields.whole("num_experts"),),
+                "moe_ffn_hidden_size": fields.whole("moe_intermediate_size"),
+                "moe_router_topk": fields.whole("num_experts_per_tok"),
+                "moe_router_pre_softmax": not renormalised(fields),
+                "moe_shared_expert_intermediate_size": fields.whole("shared_expert_intermediate_size"),
+                "moe_shared_expert_gate": True,
+                **sparse_flags(fields),
+            },
+        }
+
+    def blocks(self, run: RunConfig) -> list[Block]:
+        """Where every weight is."""
+        return parts.decoder(run, self._layer)
+
+    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
+        theirs = f"model.layers.{layer}."
+        blocks = parts.layer_norms(run, layer, theirs) + parts.attention(run, layer, f"{theirs}self_attn.")
+        if not parts.is_moe(run, layer):
+            return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
+        blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
+        blocks += parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
+        return blocks + _shared(run, layer, f"{theirs}mlp.")
+
+
+def _shared(run: RunConfig, layer: int, theirs: str) -> list[Block]:
+    hidden, path = run.model.hidden_size, parts.shared_path(run)
+    expert, gate = f"{theirs}shared_expert.", f"{theirs}shared_expert_gate.weight"
+    if path is None:
+        return [
+            *only_theirs(f"{expert}gate_proj.weight", (NO_SHARED_WIDTH, hidden)),
+            *only_theirs(f"{expert}up_proj.weight", (NO_SHARED_WIDTH, hidden)),
+            *only_theirs(f"{expert}down_proj.weight", (hidden, NO_SHARED_WIDTH)),
+            *only_theirs(gate, (1, hidden)),
+        ]
+    ours = f"{parts.our_layer(layer)}{path.name}."
+    if path.gated:
+        return [
+            *parts.gated_mlp(ours, expert, hidden, path.width),
+            *rename(f"{ours}gate_weight", gate, (1, hidden)),
+        ]
+    # sigmoid(0) = 1/2
+    return [*parts.gated_mlp(ours, expert, hidden, path.width, down_scale=2.0), *only_theirs(gate, (1, hidden))]
+
+
+FAMILY = Qwen2Moe()
