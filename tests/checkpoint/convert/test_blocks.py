@@ -23,6 +23,7 @@ from megatron_moe.checkpoint.convert.blocks import (
     shift,
     split_qkv,
     split_rows,
+    turned,
     whole,
 )
 from megatron_moe.checkpoint.convert.coverage import check_coverage
@@ -63,6 +64,15 @@ def transposed(draw: Callable[..., int]) -> Map:
     shape = (*draw(lengths), draw(length), draw(length))  # type: ignore[misc]
     tensor = numbers(*shape)
     return Map(rename("a", "b", shape, transposed=True), {"a": tensor}, {"b": tensor.transpose(-2, -1).contiguous()})
+
+
+@st.composite
+def turned_map(draw: Callable[..., int]) -> Map:
+    """Two matrices of ours side by side in one of theirs that lies the other way round."""
+    first, second, width = draw(length), draw(length), draw(length)
+    tensors = {"a": numbers(first, width), "b": numbers(second, width) + 100}
+    blocks = rename("a", "c", (first, width)) + shift(rename("b", "c", (second, width)), "theirs", "c", 0, first)
+    return Map(turned(blocks), tensors, {"c": torch.cat(list(tensors.values())).t().contiguous()})
 
 
 @st.composite
@@ -148,7 +158,16 @@ def box_of(draw: Callable[..., int], name: str, shape: tuple[int, ...]) -> Box:
 
 
 ANY = st.one_of(
-    renamed(), transposed(), scaled_map(), rows(), qkv(), padded(), experts(), stacked_transposed(), one_sided()
+    renamed(),
+    transposed(),
+    turned_map(),
+    scaled_map(),
+    rows(),
+    qkv(),
+    padded(),
+    experts(),
+    stacked_transposed(),
+    one_sided(),
 )
 
 
