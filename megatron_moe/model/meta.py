@@ -4,7 +4,9 @@ What `--dry-run` reports is thus read off the modules that training would build,
 formula alone (`parameters.py` is the formula; the two must agree).
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -23,6 +25,24 @@ def count_on_meta(run: RunConfig) -> BuiltCounts:
     Raises:
         ConfigError: --vocab-size is not known.
     """
+    with model_on_meta(run) as chunk:
+        total = experts = routers = 0
+        for name, parameter in chunk.named_parameters():
+            assert parameter.is_meta
+            total += parameter.numel()
+            experts += parameter.numel() if ".mlp.experts." in name else 0
+            router = ".mlp.router." in name or name.startswith("routing_embedding.")
+            routers += parameter.numel() if router else 0
+        return BuiltCounts(total=total, experts=experts, router=routers)
+
+
+@contextlib.contextmanager
+def model_on_meta(run: RunConfig) -> Iterator[torch.nn.Module]:
+    """The whole model, as one process would build it, in process groups of its own.
+
+    Raises:
+        ConfigError: --vocab-size is not known.
+    """
     # Neither the dispatcher nor who provides the layers and experts changes a count, but all may need what is not here.
     whole = dataclasses.replace(
         run,
@@ -33,15 +53,7 @@ def count_on_meta(run: RunConfig) -> BuiltCounts:
     cpu.install()
     distributed.start_alone()
     try:
-        chunk = _build(whole)
-        total = experts = routers = 0
-        for name, parameter in chunk.named_parameters():
-            assert parameter.is_meta
-            total += parameter.numel()
-            experts += parameter.numel() if ".mlp.experts." in name else 0
-            router = ".mlp.router." in name or name.startswith("routing_embedding.")
-            routers += parameter.numel() if router else 0
-        return BuiltCounts(total=total, experts=experts, router=routers)
+        yield _build(whole)
     finally:
         distributed.stop()
 
