@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.foreign.ranks import Joined, join
-from megatron_moe.checkpoint.foreign.torch_file import StoredTensor
+from megatron_moe.checkpoint.foreign.torch_file import StoredTensor, read_torch_file
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 
@@ -90,6 +90,26 @@ def expert_files(folder: Path) -> dict[tuple[int | None, int, int], Path]:
         if match := _EXPERT_FILE.fullmatch(path.name):
             found[None if match[1] is None else int(match[1]), int(match[2]), int(match[3])] = path
     return found
+
+
+def add_experts(files: Mapping[tuple[int | None, int, int], Path], states: Sequence[State]) -> None:
+    """Add the tensors of experts' files to the states of their ranks.
+
+    Raises:
+        UserError: a file is damaged, or holds something else than its name says.
+    """
+    for (_, expert, rank), path in files.items():
+        if rank >= len(states):
+            continue
+        own = State({}, states[rank].unused)
+        rank_state(read_torch_file(path), path, own)
+        for name, tensor in own.tensors.items():
+            if (match := EXPERT.fullmatch(name)) and int(match[2]) != expert:
+                raise UserError(f"{path}: holds expert {match[2]}, not {expert}")
+            if name in states[rank].tensors:
+                before = states[rank].tensors[name].storage.path
+                raise UserError(f"{path}: holds {name} a second time, after {before.name}")
+            states[rank].tensors[name] = tensor
 
 
 def check_expert_files(

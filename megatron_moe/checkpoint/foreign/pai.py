@@ -16,17 +16,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.checkpoint.convert.coverage import check_side
 from megatron_moe.checkpoint.foreign.classic import (
-    EXPERT,
     WORDS,
     State,
+    add_experts,
     check_expert_files,
     expert_files,
     join_ranks,
     rank_state,
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
-from megatron_moe.checkpoint.foreign.coverage import check_shapes
 from megatron_moe.checkpoint.foreign.model import ForeignModel, merged
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
@@ -69,17 +69,18 @@ def open_pai(folder: Path, flags: Values | None = None) -> ForeignModel:
         for name in [name for name in state.tensors if _SECOND_BIAS.fullmatch(name)]:
             del state.tensors[name]
             unused[name] = _NOT_ADDED
-    files = expert_files(folder / _FOLDER)
-    check_expert_files(files, expert_layout(run).counts, len(states), folder / _FOLDER)
-    source = RankedSource(join_ranks(states, run, version))
-    rows = source.infos[WORDS].shape[0] if WORDS in source.infos else 0
+    words = [state.tensors[WORDS].shape[0] for state in states if WORDS in state.tensors]
+    rows = sum(words)
     if rows != (expected := config.whole("vocab_size", 25600)):
         raise UserError(
             f"{folder / _FOLDER}: the embedding has {rows} rows in {len(states)} mp_rank folder"
             f"{'s' if len(states) > 1 else ''}, but {CONFIG} says vocab_size {expected}; is a folder missing?"
         )
+    files = expert_files(folder / _FOLDER)
+    check_expert_files(files, expert_layout(run).counts, len(states), folder / _FOLDER)
+    source = RankedSource(join_ranks(states, run, version))
     blocks = classic_blocks(run, rows, version=version, expert_output_bias=False)
-    check_shapes(blocks, source.infos, str(folder / _FOLDER))
+    check_side(blocks, "theirs", source.infos, str(folder / _FOLDER))
     tokenizer = folder / TOKENIZER
     return ForeignModel(
         sections=sections,
@@ -127,19 +128,8 @@ def _states(folder: Path, config: Settings) -> tuple[list[State], list[dict[str,
         rank_state(tree[key], path, state)
         states.append(state)
         trees.append(tree)
-    for (_, expert, rank), path in sorted(expert_files(folder).items(), key=lambda item: item[1].name):
-        if rank < len(states):
-            _add_expert(path, expert, states[rank])
+    add_experts(expert_files(folder), states)
     return states, trees
-
-
-def _add_expert(path: Path, expert: int, state: State) -> None:
-    """The tensors of an expert's file, which must be that expert's."""
-    before = set(state.tensors)
-    rank_state(read_torch_file(path), path, state)
-    for name in set(state.tensors) - before:
-        if (match := EXPERT.fullmatch(name)) and int(match[2]) != expert:
-            raise UserError(f"{path}: holds expert {match[2]}, not {expert}")
 
 
 def _sections(config: Settings, tensors: set[str]) -> Values:

@@ -69,12 +69,15 @@ class RankedSource:
         """A part of a tensor: of the ranks that have some of it.
 
         Raises:
-            UserError: a file is damaged or has gone, or copies differ.
+            UserError: a file is damaged or has gone, copies differ, or a weight is not finite.
         """
         joined = self._tensors[box.name]
-        if joined.axis is None:
-            return self._copy(joined, box)
-        parts, begin, axis = [], 0, joined.axis
+        tensor = self._copy(joined, box) if joined.axis is None else self._parts(joined, joined.axis, box)
+        check_finite(tensor, box.name, joined.pieces[0].storage.path)
+        return tensor
+
+    def _parts(self, joined: Joined, axis: int, box: Box) -> Tensor:
+        parts, begin = [], 0
         for piece in joined.pieces:
             end = begin + piece.shape[axis]
             low, high = max(begin, box.start[axis]), min(end, box.stop[axis])
@@ -99,6 +102,19 @@ class RankedSource:
                     f"{most:.2g}; the ranks had drifted apart, or the files are not of one checkpoint"
                 )
         return tensor
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """A weight that overflowed makes every logit NaN; better said here than found out later.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    if tensor.is_floating_point() and (wrong := int((~tensor.isfinite()).sum())):
+        raise UserError(
+            f"{path}: {name} holds {wrong} numbers that are inf or NaN; the run that wrote it had failed, take an "
+            "earlier checkpoint of it"
+        )
 
 
 def _text(piece: StoredTensor) -> str:
