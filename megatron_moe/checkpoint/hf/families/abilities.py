@@ -24,6 +24,13 @@ type Dense = Literal["none", "first", "any", "all"]
 type Activation = Literal["swiglu", "gelu", "gelu_tanh", "squared_relu"]
 
 
+class NoPlace(str):
+    """A reason that is one of weights, not of the function alone: the class has no place for some of ours, or places
+    that ours do not fill."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """How a learned router chooses and weighs experts outside of training."""
@@ -88,12 +95,15 @@ def reasons(run: RunConfig, can: Abilities, what: str) -> tuple[str, ...]:
 def _model_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
     model = run.model
     if model.normalization != can.norm:
-        yield f"--normalization {model.normalization}: {what} has {can.norm}"
+        yield NoPlace(f"--normalization {model.normalization}: {what} has {can.norm}")
     if (activation := _activation(model)) not in can.activations:
         named = "GELU (the default)" if activation == "gelu" else flag_name(activation)
-        yield f"{named}: {what} has {' or '.join(sorted(can.activations))}"
+        reason = f"{named}: {what} has {' or '.join(sorted(can.activations))}"
+        yield NoPlace(reason) if "swiglu" in {activation, *can.activations} else reason
     if model.position_embedding_type != can.positions:
-        yield f"--position-embedding-type {model.position_embedding_type}: {what} has {can.positions}"
+        table = "learned_absolute" in (model.position_embedding_type, can.positions)
+        reason = f"--position-embedding-type {model.position_embedding_type}: {what} has {can.positions}"
+        yield NoPlace(reason) if table else reason
     elif model.rotary_percent != 1.0 and not can.partial_rotary:
         yield f"--rotary-percent {model.rotary_percent:g}: {what} rotates all channels"
     if (biases := _biases(model)) not in can.biases:
@@ -103,22 +113,22 @@ def _model_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
             "all": "biases in all linear layers (no --disable-bias-linear)",
         }[biases]
         words = {"none": "none", "qkv": "those of query, key and value", "all": "all of them"}
-        yield f"{named}: {what} has {' or '.join(words[one] for one in words if one in can.biases)}"
+        yield NoPlace(f"{named}: {what} has {' or '.join(words[one] for one in words if one in can.biases)}")
     if model.qk_layernorm not in can.qk_norm:
         flag = "--qk-layernorm" if model.qk_layernorm else "no --qk-layernorm"
-        yield f"{flag}: {what} has {'no norm' if model.qk_layernorm else 'a norm'} on queries and keys"
+        yield NoPlace(f"{flag}: {what} has {'no norm' if model.qk_layernorm else 'a norm'} on queries and keys")
     elif model.qk_layernorm and model.qk_layernorm_type != can.qk_norm_type:
         has = "every head by itself" if can.qk_norm_type == "head" else "all heads together"
-        yield f"--qk-layernorm-type {model.qk_layernorm_type}: {what} normalises {has}"
+        yield NoPlace(f"--qk-layernorm-type {model.qk_layernorm_type}: {what} normalises {has}")
     if not can.own_head_dim and model.head_dim * model.num_attention_heads != model.hidden_size:
-        yield f"--kv-channels {model.head_dim}: {what} has heads of hidden size / heads"
+        yield NoPlace(f"--kv-channels {model.head_dim}: {what} has heads of hidden size / heads")
     if model.untie_embeddings_and_output_weights not in can.untied:
         untied = "untied" if model.untie_embeddings_and_output_weights else "tied"
-        yield f"{untied} embedding and output weights: {what} has not"
+        yield NoPlace(f"{untied} embedding and output weights: {what} has not")
     if model.cla_share_factor != 1:
-        yield f"--cla-share-factor {model.cla_share_factor}: {what} has keys and values in every layer"
+        yield NoPlace(f"--cla-share-factor {model.cla_share_factor}: {what} has keys and values in every layer")
     if model.domain_embedding:
-        yield f"--domain-embedding: {what} knows no domains"
+        yield NoPlace(f"--domain-embedding: {what} knows no domains")
 
 
 def _activation(model: ModelConfig) -> Activation:
@@ -140,42 +150,45 @@ def _expert_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
     layout = expert_layout(run)
     if not layout.num_moe_layers:
         if can.dense != "all":
-            yield f"no --num-experts: {what} has experts"
+            yield NoPlace(f"no --num-experts: {what} has experts")
         return
     if can.dense == "all":
-        yield f"--num-experts {format_value(moe.num_experts)}: {what} is dense"
+        yield NoPlace(f"--num-experts {format_value(moe.num_experts)}: {what} is dense")
         return
     if len(set(layout.counts)) > 1:
-        yield f"--num-experts {format_value(moe.num_experts)}: {what} has as many experts in every layer"
+        yield NoPlace(f"--num-experts {format_value(moe.num_experts)}: {what} has as many experts in every layer")
     dense = [number for number, count in enumerate(layout.experts_per_layer, 1) if not count]
     if dense and can.dense == "none":
-        yield f"dense layer {dense[0]}: {what} has experts in every layer"
+        yield NoPlace(f"dense layer {dense[0]}: {what} has experts in every layer")
     elif dense and can.dense == "first" and dense != list(range(1, len(dense) + 1)):
-        yield f"dense layer {dense[-1]}: {what} has dense layers only before all others"
+        yield NoPlace(f"dense layer {dense[-1]}: {what} has dense layers only before all others")
     if moe.use_expert_residual_network:
-        yield f"--use-expert-residual-network: {what} has none"
+        yield NoPlace(f"--use-expert-residual-network: {what} has none")
     yield from _shared_reasons(run, can, what)
     chosen = gate(run)
-    yield from [f"{chosen}: {what} has another"] if isinstance(chosen, str) else _gate_reasons(chosen, run, can, what)
+    if isinstance(chosen, str):
+        yield NoPlace(f"{chosen}; {what} has a gate that chooses by its logits")
+    else:
+        yield from _gate_reasons(chosen, run, can, what)
 
 
 def _shared_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
     moe = run.moe
     if moe.mlp_type == "residual" and moe.residual_combine == "softmax":
-        yield f"--residual-combine softmax: {what} has no coefficient beside its experts"
+        yield NoPlace(f"--residual-combine softmax: {what} has no coefficient beside its experts")
         return
     path = shared_path(run)
     kind: Literal["none", "plain", "gated"] = "none" if path is None else "gated" if path.gated else "plain"
     if kind in can.shared:
         return
     if path is None:
-        yield f"no --moe-shared-expert-intermediate-size: {what} has a shared expert"
+        yield NoPlace(f"no --moe-shared-expert-intermediate-size: {what} has a shared expert")
     elif path.gated and "plain" in can.shared:
-        yield f"--moe-shared-expert-gate: {what} has no gate on its shared expert"
+        yield NoPlace(f"--moe-shared-expert-gate: {what} has no gate on its shared expert")
     elif can.shared == {"none"}:
-        yield f"{_shared_flag(run, path)}: {what} has no shared expert"
+        yield NoPlace(f"{_shared_flag(run, path)}: {what} has no shared expert")
     else:
-        yield f"{_shared_flag(run, path)}: {what} has a gate on its shared expert"
+        yield NoPlace(f"{_shared_flag(run, path)}: {what} has a gate on its shared expert")
 
 
 def _shared_flag(run: RunConfig, path: SharedPath) -> str:
@@ -206,9 +219,9 @@ def _gate_reasons(chosen: Gate, run: RunConfig, can: Abilities, what: str) -> It
                 f"(top-k / groups); {what} takes the best 2"
             )
     if chosen.bias and not can.bias:
-        yield f"--moe-router-enable-expert-bias: {what} has no bias on the choice of experts"
+        yield NoPlace(f"--moe-router-enable-expert-bias: {what} has no bias on the choice of experts")
     if can.groups and expert_layout(run).max_experts < 2:
-        yield f"--num-experts {format_value(run.moe.num_experts)}: {what} needs at least 2"
+        yield NoPlace(f"--num-experts {format_value(run.moe.num_experts)}: {what} needs at least 2")
 
 
 _NO_GATE = {

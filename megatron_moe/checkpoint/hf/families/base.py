@@ -20,10 +20,15 @@ class Family(Protocol):
     """`mixtral`: of config.json."""
     architecture: str
     """`MixtralForCausalLM`."""
+    skips_later_layers: bool
+    """Whether its files may hold layers past the last one, which predict later tokens and which the class leaves."""
+
+    def reasons(self, run: RunConfig) -> tuple[str, ...]:
+        """What of the run's model the class does not compute: flag, value and what the class has instead; empty where
+        it is exact. Those that concern the weights themselves are `abilities.NoPlace`."""
 
     def why_not(self, run: RunConfig) -> str | None:
-        """Why the class cannot compute what the run's model computes: flag, value and what the class has instead; None
-        where it is exact."""
+        """The reasons on one line; None where it is exact."""
 
     def config(self, run: RunConfig) -> dict[str, Any]:
         """What config.json says of the model, without token ids, dtype and architectures."""

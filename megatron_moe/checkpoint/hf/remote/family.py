@@ -52,6 +52,7 @@ class RemoteCode:
 
     model_type = "megatron_moe"
     architecture = "MegatronMoeForCausalLM"
+    skips_later_layers = False
 
     def reasons(self, run: RunConfig) -> tuple[str, ...]:
         """What of the run's model the class does not compute: nothing.
@@ -103,6 +104,10 @@ class RemoteCode:
         if layout.num_moe_layers and run.shares_routing_embedding:
             blocks += _routing_embedding(run, "routing_embedding.", "model.routing_embedding.", set(layout.counts))
         return blocks
+
+    def stored_name(self, name: str) -> str | None:
+        """The same: there are no older files."""
+        return name
 
     def fp32_names(self, run: RunConfig) -> frozenset[str]:
         """Biases of the choice of experts and cutoffs, as the class keeps them."""
