@@ -48,6 +48,8 @@ WITH_EXPERTS: tuple[Family, ...] = (
 DENSE: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
 READ_ONLY: tuple[Family, ...] = (llama.MISTRAL,)
 """Classes that another one holds as well: they are read, and written when --target names them."""
+SHOWN = 2
+"""Reasons that are shown of a class that is not exact."""
 FAMILIES: tuple[Family, ...] = (*WITH_EXPERTS, *DENSE, *READ_ONLY, remote.FAMILY)
 
 
@@ -56,8 +58,8 @@ class Target:
     """The class that a model is exported to."""
 
     family: Family
-    others: Mapping[str, str]
-    """Class -> why it is not exact, of those that were tried before."""
+    tried: Mapping[str, tuple[str, ...]]
+    """Class -> all reasons why it is not exact, of those that were tried before."""
     losses: tuple[str, ...] = ()
     """What of the model the class does not compute; empty where it is exact."""
 
@@ -67,9 +69,17 @@ class Target:
         return not self.losses
 
     @property
+    def others(self) -> dict[str, str]:
+        """Class -> why it is not exact, on one line."""
+        return {name: "; ".join(why) for name, why in self.tried.items()}
+
+    @property
     def lines(self) -> list[str]:
         """The choice and its reasons, for people."""
-        lines = [f"not {reason}" for reason in (f"{name}: {why}" for name, why in self.others.items())]
+        lines = [
+            f"not {name}: {'; '.join(why[:SHOWN])}" + (f"; and {len(why) - SHOWN} more" if len(why) > SHOWN else "")
+            for name, why in self.tried.items()
+        ]
         kind = "exact" if self.exact else f"NOT exact: {'; '.join(self.losses)}"
         return [*lines, f"{self.family.architecture} ({self.family.model_type}): {kind}"]
 
@@ -94,13 +104,13 @@ def choose_hf_target(run: RunConfig, target: str | None = None, *, allow_lossy: 
     """
     if target is not None:
         return _given(run, target, allow_lossy=allow_lossy)
-    others: dict[str, str] = {}
+    tried: dict[str, tuple[str, ...]] = {}
     for family in WITH_EXPERTS if run.moe.num_experts is not None else DENSE:
-        reason = family.why_not(run)
-        if reason is None:
-            return Target(family, others)
-        others[family.architecture] = reason
-    return Target(remote.FAMILY, others)
+        found = family.reasons(run)
+        if not found:
+            return Target(family, tried)
+        tried[family.architecture] = found
+    return Target(remote.FAMILY, tried)
 
 
 def _given(run: RunConfig, target: str, *, allow_lossy: bool) -> Target:
