@@ -9,6 +9,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint import safe_reader
+from megatron_moe.checkpoint.in_place import keep_in_place
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
@@ -197,10 +198,13 @@ def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, A
     """Load the wanted parts; nothing that was asked for may be missing, and no weight may be left over."""
     safe_reader.check_folder(folder)
     replace.apply(safe_reader.REPLACEMENTS)
-    try:
-        state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
-    except DAMAGE as error:
-        raise _damaged(folder, "cannot be loaded", error) from error
+    keep_in_place(wanted)
+    with safe_reader.parts_read() as parts:
+        try:
+            state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
+        except DAMAGE as error:
+            raise _damaged(folder, "cannot be loaded", error) from error
+        parts.check_together()
     leftover = {key for key in unused if not key.startswith(("optimizer.", "rng_state", "chained_", "common_state"))}
     if absent or leftover:
         problem = f"lacks {sorted(absent)[0]}" if absent else f"also holds {sorted(leftover)[0]}"

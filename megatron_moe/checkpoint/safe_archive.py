@@ -5,8 +5,10 @@ call `bytearray(10**12)`, costs all memory. So the archive's table of contents a
 the checksum of every storage.
 """
 
+import contextlib
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,6 +17,7 @@ import torch
 from megatron_moe.checkpoint.safe_pickle import read_pickle
 from megatron_moe.config.base import UserError
 
+_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
 _DTYPES = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
 # What a pickled tensor or generator state is made of.
 _TENSOR_PARTS = frozenset(
@@ -34,7 +37,17 @@ class FileSlice(io.RawIOBase):
 
     def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
         super().__init__()
-        self._stream, self._offset, self._length, self._position = stream, offset, length, 0
+        self.offset, self.length = offset, length
+        self._stream, self._position = stream, 0
+
+    def fileno(self) -> int:
+        """Descriptor of the file, of which this is only a part."""
+        return self._stream.fileno()
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return Path(self._stream.name)
 
     def readable(self) -> bool:
         """It is."""
@@ -50,7 +63,7 @@ class FileSlice(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move within the part."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[whence]
         if start + offset < 0:
             raise OSError("seek before the start")
         self._position = start + offset
@@ -58,16 +71,16 @@ class FileSlice(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes."""
-        left = max(0, self._length - self._position)
-        self._stream.seek(self._offset + self._position)
+        left = max(0, self.length - self._position)
+        self._stream.seek(self.offset + self._position)
         data = self._stream.read(left if size is None or size < 0 else min(size, left))
         self._position += len(data)
         return data
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer as far as the part goes."""
-        left = max(0, self._length - self._position)
-        self._stream.seek(self._offset + self._position)
+        left = max(0, self.length - self._position)
+        self._stream.seek(self.offset + self._position)
         count: int = self._stream.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
         self._position += count
         return count
@@ -79,7 +92,11 @@ def load_archive(part: FileSlice | io.BytesIO, source: str) -> Any:
     Raises:
         UserError: it holds anything else, or is damaged.
     """
-    _check(part, source)
+    archive, _ = checked_archive(part, source)
+    with damage_of(source):
+        # torch writes checksums and does not look at them: a flipped bit would become a weight.
+        if (wrong := archive.testzip()) is not None:
+            raise UserError(f"{source}: damaged (checksum of {wrong} differs)")
     part.seek(0)
     try:
         return torch.load(cast(BinaryIO, part), map_location="cpu", weights_only=True)
@@ -88,21 +105,32 @@ def load_archive(part: FileSlice | io.BytesIO, source: str) -> Any:
         raise UserError(f"{source}: damaged ({reason})") from error
 
 
-def _check(part: FileSlice | io.BytesIO, source: str) -> None:
+def checked_archive(part: FileSlice | io.BytesIO, source: str) -> tuple[zipfile.ZipFile, Any]:
+    """An archive whose table of contents is sound, and what its pickle describes; checksums are not looked at, but
+    the pickle's.
+
+    Raises:
+        UserError: it is damaged, or its pickle refers to what no checkpoint needs.
+    """
+    with damage_of(source):
+        # It closes nothing: the file is somebody else's.
+        archive = zipfile.ZipFile(part)
+        # torch stores without compression, so nothing can be larger than the file.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError(f"{source}: holds compressed data, which no checkpoint of this program does")
+        if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
+            raise UserError(f"{source}: damaged (sizes in its table of contents differ)")
+        pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
+        if len(pickles) != 1:
+            raise UserError(f"{source}: damaged (no data.pkl in it)")
+        content = archive.read(pickles[0])
+    return archive, read_pickle(content, _TENSOR_PARTS, source)
+
+
+@contextlib.contextmanager
+def damage_of(source: str) -> Iterator[None]:
+    """Makes one line of what zipfile says of a damaged archive."""
     try:
-        with zipfile.ZipFile(part) as archive:
-            # torch stores without compression, so nothing can be larger than the file.
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UserError(f"{source}: holds compressed data, which no checkpoint of this program does")
-            if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
-                raise UserError(f"{source}: damaged (sizes in its table of contents differ)")
-            pickles = [name for name in archive.namelist() if Path(name).name == "data.pkl"]
-            if len(pickles) != 1:
-                raise UserError(f"{source}: damaged (no data.pkl in it)")
-            # torch writes checksums and does not look at them: a flipped bit would become a weight.
-            if (wrong := archive.testzip()) is not None:
-                raise UserError(f"{source}: damaged (checksum of {wrong} differs)")
-            content = archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        yield
+    except _DAMAGE as error:
         raise UserError(f"{source}: damaged ({str(error)[:120]})") from error
-    read_pickle(content, _TENSOR_PARTS, source)

@@ -2,12 +2,15 @@
 
 Three of upstream's ways to read are replaced: `.metadata` is pickle.load in torch/distributed/checkpoint/filesystem.py
 (`FileSystemReader.read_metadata`), objects are torch.load(weights_only=False) in default_planner.py
-(`DefaultLoadPlanner.load_bytes`), and tensors are read without a look at their archive (`FileSystemReader.read_data`).
+(`DefaultLoadPlanner.load_bytes`), and tensors are read whole, without a look at their archive
+(`FileSystemReader.read_data`). Here a rank reads the bytes that it needs, straight to where they belong.
 """
 
+import contextlib
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from megatron_moe.checkpoint.part_checks import PartsRead
 from megatron_moe.checkpoint.safe_archive import FileSlice, load_archive
+from megatron_moe.checkpoint.stored_tensor import find_tensor, read_box
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError
 from megatron_moe.runtime.replace import Replacement
@@ -46,11 +51,14 @@ class SafeReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        """Upstream's loop, with every part checked before it is unpacked.
+        """Upstream's loop, with every part checked before it is unpacked, and of tensors only what is asked for.
+
+        Checksums of parts that are read are compared here, unless somebody does so later (`parts_read`).
 
         Raises:
             UserError: a part is damaged, or not what `.metadata` says it is.
         """
+        read = PartsRead() if _parts_read is None else _parts_read
         of_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             of_file[self.storage_data[item.storage_index].relative_path].append(item)
@@ -66,23 +74,48 @@ class SafeReader(FileSystemReader):
                         value.source = source
                         planner.load_bytes(item, value)
                     else:
-                        _load_tensor(part, item, planner, source)
+                        _load_tensor(part, item, planner, source, read)
+        if read is not _parts_read:
+            read.check_alone()
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _load_tensor(part: FileSlice, item: ReadItem, planner: Any, source: str) -> None:
-    tensor = load_archive(part, source)
+_parts_read: PartsRead | None = None
+
+
+@contextlib.contextmanager
+def parts_read() -> Iterator[PartsRead]:
+    """What is read from here on; whoever asks must have it checked (`PartsRead.check_together`) before it is used."""
+    global _parts_read
+    assert _parts_read is None
+    _parts_read = PartsRead()
+    try:
+        yield _parts_read
+    finally:
+        _parts_read = None
+
+
+def _load_tensor(part: FileSlice, item: ReadItem, planner: Any, source: str, read: PartsRead) -> None:
     index = item.storage_index
     entry: Any = planner.metadata.state_dict_metadata[index.fqn]
     sizes = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
-    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.shape != sizes:
+    stored = find_tensor(part, source)
+    tensor: Any = stored if stored is not None else load_archive(part, source)
+    if stored is None and (type(tensor) is not torch.Tensor or tensor.layout != torch.strided):
+        raise UserError(f"{source}: damaged (it is not {index.fqn} of shape {tuple(sizes)})")
+    if tuple(tensor.shape) != tuple(sizes):
         raise UserError(f"{source}: damaged (it is not {index.fqn} of shape {tuple(sizes)})")
     if tensor.dtype != entry.properties.dtype:
         raise UserError(f"{source}: damaged ({index.fqn} is {tensor.dtype}, not {entry.properties.dtype})")
     target = planner.resolve_tensor(item).detach()
-    target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+    if stored is not None:
+        start = tuple(item.storage_offsets)
+        reading = read_box(part.fileno(), stored, start, target)
+        read.add(part.path, stored, start, tuple(target.shape), reading)
+    else:
+        target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
     planner.commit_tensor(item, target)
 
 
