@@ -54,3 +54,18 @@ def save_weights(run: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save({**model_state(model), "progress": {"step": 0}}, str(folder), content_metadata=METADATA)
     return {name: value.detach().clone() for name, value in model[0].state_dict().items() if value is not None}
+
+
+def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """On a rank of its own: every tensor of a checkpoint folder by key, as megatron-core reads it."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_moe.checkpoint import safe_reader
+    from megatron_moe.config.parallel import ParallelConfig
+    from megatron_moe.runtime import replace
+    from megatron_moe.runtime.distributed import start
+
+    start(ParallelConfig(device="cpu"))
+    replace.apply(safe_reader.REPLACEMENTS)
+    state = dist_checkpointing.load_plain_tensors(str(folder))
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
