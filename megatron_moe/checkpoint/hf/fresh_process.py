@@ -49,6 +49,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         output_loading_info=True,
     )
     model.eval()
+    rounded = getattr(torch, request["dtype"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(rounded).to(parameter.dtype)
     answer: dict[str, Any] = {
         "class": type(model).__name__,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -5,6 +5,7 @@ compared with it before the folder is finished.
 """
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,25 +81,26 @@ def export_tokenizer(
     return _compare(tokenizer, folder)
 
 
-def import_tokenizer(folder: Path, vocab_size: int, given: str | None = None) -> Tokenizer:
+def import_tokenizer(folder: Path, vocab_size: int, given: str | None = None, flag: str = "--hf") -> Tokenizer:
     """The tokenizer of a Hugging Face folder; for a folder that we wrote, the one that it was made from.
 
     Args:
         folder: of the model.
         vocab_size: rows of its embedding.
         given: a path to use instead, or `none` for ids without text.
+        flag: that named the folder.
 
     Raises:
         UserError: there is none, or it has ids that the embedding has no row for.
     """
     if given == "none":
         return NullTokenizer(vocab_size)
-    path, flag = (folder, "--hf") if given is None else (Path(given), "--tokenizer")
+    path, flag = (folder, flag) if given is None else (Path(given), "--tokenizer")
     if given is None and (folder / TOKENIZER_FOLDER).is_dir():
         path = folder / TOKENIZER_FOLDER
     elif given is None and not any((folder / name).is_file() for name in FILES if name != "config.json"):
         raise UserError(
-            f"--hf {folder}: holds no tokenizer (tokenizer.json or tokenizer.model is missing); give one with "
+            f"{flag} {folder}: holds no tokenizer (tokenizer.json or tokenizer.model is missing); give one with "
             "--tokenizer PATH, or --tokenizer none for ids without text"
         )
     tokenizer = open_tokenizer(path, flag)
@@ -187,6 +189,8 @@ def _change_config(folder: Path, changes: dict[str, Any]) -> None:
 def _compare(tokenizer: Tokenizer, folder: Path) -> ExportedTokenizer:
     """Read the twin as a user does, and let both encode the same texts."""
     twin = _load(folder)
+    # A longer text would be warned about; nothing is cut here.
+    twin.model_max_length = sys.maxsize
     texts = comparison_texts(tokenizer)
     for text in texts:
         ours = tokenizer.encode(text)

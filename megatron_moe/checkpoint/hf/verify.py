@@ -1,26 +1,27 @@
 """The proof of a conversion: both models read the same texts, each in its own program, and their logits are compared.
 
-Ours is loaded from the run's checkpoint and computes in float32, with its weights rounded to the type that was
-exported. Theirs is loaded by `fresh_process.py`, which has never seen this package. Nothing may be missing, unexpected
+Both compute in float32, with weights rounded to the coarser type of the two. Ours is loaded from the run's checkpoint,
+theirs by `fresh_process.py`, which has never seen this package. Nothing may be missing, unexpected
 or of another shape, and no logit may be off by more than `TOLERANCE`.
 """
 
+import dataclasses
 import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.hf.texts import proof_ids
 from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.inference.options import LoadOptions
-from megatron_moe.inference.saved_model import SavedModel, open_checkpoint
+from megatron_moe.inference.saved_model import SavedModel
 
 TOLERANCE = 1e-4
 _SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -68,8 +69,7 @@ class Proof:
 
 
 def prove(
-    run_dir: Path,
-    iteration: int | None,
+    saved: SavedModel,
     folder: Path,
     *,
     dtype: str,
@@ -81,11 +81,10 @@ def prove(
     """Compare a checkpoint of ours with a Hugging Face folder.
 
     Args:
-        run_dir: of ours.
-        iteration: its step; the latest by default.
+        saved: ours.
         folder: of theirs.
-        dtype: of their weights, such as `bfloat16`; ours are rounded to it.
-        exact_names: our parameters that theirs keep unrounded.
+        dtype: such as `bfloat16`; both sides' weights are rounded to it, where they are finer.
+        exact_names: our parameters that are not.
         remote_code: whether the folder's own code may run; only for code that is ours.
         tolerance: the largest difference of a logit.
         debug: show what the fresh process prints.
@@ -93,8 +92,10 @@ def prove(
     Raises:
         UserError: the folder cannot be loaded, a key is missing or unexpected, or the logits are off.
     """
-    options = LoadOptions(load=str(run_dir), iteration=iteration, eval_fp32=True)
-    saved = open_checkpoint(options, ParallelConfig(device="cpu"), 1)
+    # On the CPU, where float32 is float32.
+    training = dataclasses.replace(saved.run.training, bf16=False, fp16=False)
+    parallel = ParallelConfig(device="cpu")
+    saved = dataclasses.replace(saved, run=dataclasses.replace(saved.run, training=training, parallel=parallel))
     ids = proof_ids(saved.tokenizer, saved.vocab_size, saved.max_positions)
     count = saved.run.model.num_domains
     domains = [row % count for row in range(len(ids))] if count is not None else None
@@ -102,8 +103,17 @@ def prove(
         logits = our_logits(saved, ids, domains, dtype, exact_names, Path(scratch))
         # One model in memory at a time.
         gc.collect()
-        answer = _ask(folder, ids, domains, logits, remote_code, Path(scratch), debug)
+        answer = _ask(folder, ids, domains, logits, dtype, remote_code, Path(scratch), debug)
     return _judge(answer, folder, dtype, tolerance)
+
+
+def exact_names(blocks: Iterable[Block], fp32_names: Collection[str]) -> frozenset[str]:
+    """Our tensors that theirs keep in float32 whatever the others are."""
+    return frozenset(
+        block.ours.name
+        for block in blocks
+        if block.ours is not None and block.theirs is not None and block.theirs.name in fp32_names
+    )
 
 
 def our_logits(
@@ -139,6 +149,7 @@ def _ask(
     ids: Sequence[Sequence[int]],
     domains: Sequence[int] | None,
     logits: list[str],
+    dtype: str,
     remote_code: bool,
     scratch: Path,
     debug: bool,
@@ -154,6 +165,7 @@ def _ask(
         # A native class that knows none gives every domain the same.
         "domains": domains if remote_code else None,
         "logits": logits,
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
         "debug": debug,
     }

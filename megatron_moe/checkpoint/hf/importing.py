@@ -1,0 +1,258 @@
+"""A checkpoint of another program as a run of ours: weights, flags, tokenizer; complete and proved, or not there."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_moe.checkpoint.convert.blocks import Block, Box
+from megatron_moe.checkpoint.convert.coverage import check_coverage
+from megatron_moe.checkpoint.convert.describe import CheckpointModel, describe
+from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
+from megatron_moe.checkpoint.convert.ours_writer import OursWriter
+from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsSource
+from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
+from megatron_moe.checkpoint.foreign.model import ForeignModel
+from megatron_moe.checkpoint.hf.families.base import Family
+from megatron_moe.checkpoint.hf.families.native import names_in_files
+from megatron_moe.checkpoint.hf.folders import check_room, check_target
+from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
+from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
+from megatron_moe.checkpoint.hf.own_code import may_run_code
+from megatron_moe.checkpoint.hf.targets import family_of, run_of
+from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
+from megatron_moe.checkpoint.hf.verify import Proof, exact_names, prove
+from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, UNFINISHED, checkpoint_folder
+from megatron_moe.config.base import UserError
+from megatron_moe.config.data import DataConfig
+from megatron_moe.config.run import CheckpointConfig, RunConfig
+from megatron_moe.config.schema import run_sections
+from megatron_moe.config.yaml_io import Values, build_run, load_values, save_run
+from megatron_moe.data.tokenizer.kinds.sentence_piece import SAVED_NAME
+from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
+from megatron_moe.inference.saved_model import SavedModel
+
+_PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_STEP = 0
+
+
+class RenamedSource:
+    """A source under other names; what has none is left out.
+
+    Args:
+        source: the files.
+        names: new name -> name in the files.
+    """
+
+    def __init__(self, source: SafetensorsSource, names: Mapping[str, str]) -> None:
+        self._source, self._names = source, dict(names)
+        self.infos: dict[str, TensorInfo] = {new: source.infos[old] for new, old in names.items()}
+
+    def read(self, box: Box) -> Tensor:
+        """A part of a tensor."""
+        return self._source.read(dataclasses.replace(box, name=self._names[box.name]))
+
+    def read_into(self, box: Box, out: Tensor) -> None:
+        """A part of a tensor, into contiguous memory of its dtype and size."""
+        self._source.read_into(dataclasses.replace(box, name=self._names[box.name]), out)
+
+
+@dataclass(frozen=True)
+class Import:
+    """What becomes a run, once all has been looked at and nothing is written yet."""
+
+    run: RunConfig
+    source: TensorSource
+    blocks: list[Block]
+    model: CheckpointModel
+    """Our tensors."""
+    tokenizer: Tokenizer
+    save: Path
+    workers: int | None
+    where: str
+    """The source, for messages."""
+
+
+def open_hf(folder: Path) -> tuple[RunConfig, RenamedSource, list[Block]]:
+    """A Hugging Face folder: the flags of its model, its weights, and where they belong.
+
+    Raises:
+        UserError: its model is not one of ours, or a file is missing or damaged.
+    """
+    config = read_config(folder)
+    try:
+        run, family = run_of(config), family_of(config)
+    except UserError as error:
+        raise UserError(f"--hf {folder}: {error}") from error
+    return run, open_files(folder, family, run), family.blocks(run)
+
+
+def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
+    """The weights of a folder by the names of the family's map.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    files = SafetensorsSource(folder)
+    return RenamedSource(files, names_in_files(family, run, files.infos))
+
+
+def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
+    """Make a run of a Hugging Face checkpoint.
+
+    Args:
+        options: the flags.
+        debug: show what the fresh process prints.
+
+    Yields:
+        Lines that say what is done.
+
+    Raises:
+        UserError: a flag or file is wrong, the model is not one of ours, the disk is too small, or the proof failed.
+    """
+    folder, save = Path(options.hf), Path(options.save)
+    check_target(save, "--save", folder, "--hf")
+    run, source, blocks = open_hf(folder)
+    config = read_config(folder)
+    # Before anything is written.
+    remote_code = options.verify and may_run_code(folder, config)
+    run = _with_vocabulary_multiple(run, options.make_vocab_size_divisible_by)
+    assert run.model.vocab_size is not None
+    tokenizer = import_tokenizer(folder, run.model.vocab_size, options.tokenizer)
+    made = _plan(run, source, blocks, tokenizer, save, options.dtype, options.workers, str(folder))
+    check_fills(blocks, source)
+    yield f"{folder}: {family_of(config).architecture} of {len(source.infos)} tensors"
+    proof: list[Proof] = []
+
+    def finish(checkpoint: Path) -> None:
+        if options.verify:
+            names = exact_names(blocks, family_of(config).fp32_names(run))
+            saved = SavedModel(checkpoint, made.run, tokenizer)
+            dtype = next(iter(parameters_of_dtype(made.model.infos)))
+            proof.append(prove(saved, folder, dtype=dtype, exact_names=names, remote_code=remote_code, debug=debug))
+
+    _write(made, finish)
+    yield _made(made)
+    yield from proof[0].lines() if proof else ["NOT verified (--no-verify)"]
+    yield _advice(save)
+
+
+def import_foreign(options: ForeignOptions, command: str) -> Iterator[str]:
+    """Make a run of a checkpoint of PAI, DeepSpeed or Megatron-LM.
+
+    Args:
+        options: the flags.
+        command: `from-pai`, `from-deepspeed` or `from-megatron`.
+
+    Yields:
+        Lines that say what is done.
+
+    Raises:
+        UserError: a flag or file is wrong, the model is not one of ours, or the disk is too small.
+    """
+    folder, save = Path(options.source), Path(options.save)
+    check_target(save, "--save", folder, "--source")
+    flags = None if options.config is None else load_values(options.config, run_sections(RunConfig))
+    opened = opener(command)(folder, flags)
+    run = build_run(opened.sections)
+    if options.tokenizer is not None or opened.tokenizer is None:
+        assert run.model.vocab_size is not None
+        tokenizer = import_tokenizer(folder, run.model.vocab_size, options.tokenizer, flag="--source")
+    else:
+        data = DataConfig(tokenizer_type=opened.tokenizer_type, tokenizer_model=str(opened.tokenizer))  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(data, run.model.vocab_size)
+    made = _plan(run, opened.source, opened.blocks, tokenizer, save, options.dtype, options.workers, str(folder))
+    check_fills(opened.blocks, opened.source)
+    yield f"{folder}: {len(opened.source.infos)} tensors"
+    yield from (f"note: {note}" for note in opened.notes)
+    yield from (f"left out: {name}: {reason}" for name, reason in opened.unused.items())
+    _write(made, None)
+    yield _made(made)
+    yield "every number of every tensor on both sides was placed exactly once"
+    yield _advice(save)
+
+
+def opener(command: str) -> Callable[[Path, Values | None], ForeignModel]:
+    """What opens the checkpoints of a command."""
+    module = importlib.import_module(f"megatron_moe.checkpoint.foreign.{command.removeprefix('from-')}")
+    return getattr(module, f"open_{command.removeprefix('from-')}")
+
+
+def _with_vocabulary_multiple(run: RunConfig, multiple: int | None) -> RunConfig:
+    if multiple is None:
+        return run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, make_vocab_size_divisible_by=multiple))
+
+
+def _plan(
+    run: RunConfig,
+    source: TensorSource,
+    blocks: list[Block],
+    tokenizer: Tokenizer,
+    save: Path,
+    dtype: str,
+    workers: int | None,
+    where: str,
+) -> Import:
+    """The run as it will be saved, after a look at everything that could be wrong."""
+    found = next(iter(parameters_of_dtype(source.infos)))
+    torch_name = TORCH_NAMES.get(dtype, found)
+    if torch_name not in _PRECISION:
+        raise UserError(f"{where}: its weights are {found}, which is not trained here; give --dtype fp32, bf16 or fp16")
+    precision = _PRECISION[torch_name]
+    training = dataclasses.replace(run.training, bf16=precision == "bf16", fp16=precision == "fp16")
+    run = dataclasses.replace(
+        with_vocab_size(run, tokenizer),
+        training=training,
+        data=_data_flags(tokenizer, save),
+        checkpoint=CheckpointConfig(save=str(save)),
+    )
+    model = describe(run)
+    check_coverage(blocks, model.infos, source.infos, theirs_in=where)
+    check_room(save, sum(info.nbytes for info in model.infos.values()), "--save")
+    return Import(run, source, blocks, model, tokenizer, save, workers, where)
+
+
+def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
+    unfinished = made.save.with_name(made.save.name + UNFINISHED)
+    writer = OursWriter(unfinished, made.model, made.where)
+    writer.prepare()
+    targets = Targets(made.blocks, "ours")
+    for piece in writer.pieces:
+        writer.write(piece, assemble(targets, piece, made.source, made.model.infos[piece.name].dtype))
+    writer.finish()
+    checkpoint = checkpoint_folder(unfinished, _STEP)
+    made.tokenizer.save_to(checkpoint / TOKENIZER_FOLDER)
+    for folder in (checkpoint, unfinished):
+        save_run(made.run, folder / CONFIG_FILE)
+    if finish is not None:
+        finish(checkpoint)
+    unfinished.rename(made.save)
+
+
+def _made(made: Import) -> str:
+    infos = made.model.infos
+    return (
+        f"{made.save}: {len(infos)} tensors, {sum(info.nbytes for info in infos.values()):,} bytes in "
+        f"{next(iter(parameters_of_dtype(infos)))}, step {_STEP}, tokenizer {type(made.tokenizer).__name__}"
+    )
+
+
+def _data_flags(tokenizer: Tokenizer, save: Path) -> DataConfig:
+    """The flags that name the tokenizer where it will lie in the run."""
+    kind = type(tokenizer).__name__
+    if kind == "NullTokenizer":
+        return DataConfig(tokenizer_type="NullTokenizer")
+    folder = checkpoint_folder(save, _STEP) / TOKENIZER_FOLDER
+    named = folder / SAVED_NAME if kind in ("SentencePieceTokenizer", "CPMTokenizer") else folder
+    return DataConfig(tokenizer_type=kind, tokenizer_model=str(named))  # type: ignore[arg-type]
+
+
+def _advice(save: Path) -> str:
+    return (
+        f"use it: python -m megatron_moe.generate --load {save} --prompt ...; python -m megatron_moe.pretrain --config "
+        f"{save / CONFIG_FILE} --load {save} --finetune --save NEW ..."
+    )
