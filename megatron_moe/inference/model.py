@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.tensor_parallel.random import _MODEL_PARALLEL_RNG_TRACKER_NAME, get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_moe.checkpoint.load import check_stored_size, load_model
@@ -63,6 +64,11 @@ def load_saved(saved: SavedModel) -> "InferenceModel":
         _check_running_layout(saved.run.parallel)
     else:
         start(saved.run.parallel, trains=False)
+    generators = get_cuda_rng_tracker()
+    if not generators.is_initialized():
+        # megatron-core's own attention asks for its generator, though nothing is dropped here
+        # (transformer/dot_product_attention.py:DotProductAttention.forward).
+        generators.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, saved.run.training.seed)
     # Without an interleaved pipeline a rank holds one chunk.
     check_stored_size(saved.run, saved.folder)
     chunks: list[Any] = build_model(saved.run, inference=True, initialize=False)

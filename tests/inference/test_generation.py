@@ -46,6 +46,15 @@ def test_logits_with_a_cache_are_those_without(name: str, request: pytest.Fixtur
     assert error < 5e-6 * largest
 
 
+def test_megatrons_own_attention_generates_too(tmp_path: Path, tiny_data: Path) -> None:
+    """--attention-backend unfused keeps its matrix, and asks for a generator of random numbers that only training
+    seeds."""
+    (ways,) = run_ranks(1, greedy_ways, train(tmp_path / "run", tiny_data, attention_backend="unfused"))
+    plain = ways.pop("plain")
+    for way, ids in ways.items():
+        assert ids == plain, way
+
+
 def test_generation_stops_at_the_end_of_a_document(checkpoint: Path) -> None:
     ((free, ended),) = run_ranks(1, stopped, checkpoint)
     end = free[0].ids[2]
