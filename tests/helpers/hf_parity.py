@@ -65,8 +65,11 @@ def one_process() -> Iterator[None]:
     """Process groups of this process alone, as models of ours need them."""
     from megatron_moe.config.parallel import ParallelConfig
     from megatron_moe.runtime.distributed import start, stop
+    from megatron_moe.runtime.seeds import set_seeds
 
     start(ParallelConfig(device="cpu"), trains=False)
+    # megatron-core's own attention asks for its generators, dropout or not.
+    set_seeds(0)
     try:
         yield
     finally:

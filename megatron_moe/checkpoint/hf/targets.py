@@ -100,7 +100,8 @@ def choose_hf_target(run: RunConfig, target: str | None = None, *, allow_lossy: 
         allow_lossy: take it even if it does not compute what the model computes.
 
     Raises:
-        ConfigError: there is no such class, it is not exact, or it has no place for some of the weights.
+        ConfigError: there is no such class, it is not exact, or it has no place for some of the weights; or no class
+            is exact.
     """
     if target is not None:
         return _given(run, target, allow_lossy=allow_lossy)
@@ -110,6 +111,9 @@ def choose_hf_target(run: RunConfig, target: str | None = None, *, allow_lossy: 
         if not found:
             return Target(family, tried)
         tried[family.architecture] = found
+    if lacking := remote.FAMILY.reasons(run):
+        nearest = min(tried, key=lambda name: len(tried[name]))
+        raise ConfigError(f"no class holds this model: {'; '.join(lacking)}; nearest: {'; '.join(tried[nearest])}")
     return Target(remote.FAMILY, tried)
 
 
@@ -122,10 +126,12 @@ def _given(run: RunConfig, target: str, *, allow_lossy: bool) -> Target:
     if not losses:
         return Target(family, {})
     no_place = [reason for reason in losses if isinstance(reason, NoPlace)]
-    best = choose_hf_target(run).family.model_type
     if no_place:
-        raise ConfigError(f"--target {target}: has no place for the weights: {'; '.join(no_place)}; take {best}")
+        why = "; ".join(no_place)
+        best = choose_hf_target(run).family.model_type
+        raise ConfigError(f"--target {target}: has no place for the weights: {why}; take {best}")
     if not allow_lossy:
+        best = choose_hf_target(run).family.model_type
         raise ConfigError(
             f"--target {target}: does not compute what the model computes: {'; '.join(losses)}; take {best}, or give "
             "--allow-lossy"

@@ -61,6 +61,8 @@ class Abilities:
     """Whether it can do without, and with, a norm on queries and keys."""
     qk_norm_type: Literal["head", "projection"] = "head"
     """What that takes: a head, or all heads of a token as one vector."""
+    latent: bool = False
+    """Keys and values are made from a small vector of a token (DeepSeek's multi-head latent attention)."""
     own_head_dim: bool = True
     """Heads may have a width other than hidden size / heads."""
     untied: frozenset[bool] = frozenset({False, True})
@@ -120,6 +122,9 @@ def _model_reasons(run: RunConfig, can: Abilities, what: str) -> Iterator[str]:
     elif model.qk_layernorm and model.qk_layernorm_type != can.qk_norm_type:
         has = "every head by itself" if can.qk_norm_type == "head" else "all heads together"
         yield NoPlace(f"--qk-layernorm-type {model.qk_layernorm_type}: {what} normalises {has}")
+    if model.multi_latent_attention != can.latent:
+        flag = "--multi-latent-attention" if model.multi_latent_attention else "no --multi-latent-attention"
+        yield NoPlace(f"{flag}: {what} has {'a key and a value' if not can.latent else 'latent keys and values'}")
     if not can.own_head_dim and model.head_dim * model.num_attention_heads != model.hidden_size:
         yield NoPlace(f"--kv-channels {model.head_dim}: {what} has heads of hidden size / heads")
     if model.untie_embeddings_and_output_weights not in can.untied:
@@ -286,6 +291,12 @@ MATTERS: dict[type, frozenset[str]] = {
             "untie_embeddings_and_output_weights",
             "qk_layernorm",
             "qk_layernorm_type",
+            "multi_latent_attention",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_head_dim",
+            "qk_pos_emb_head_dim",
+            "v_head_dim",
             "cla_share_factor",
             "domain_embedding",
             "vocab_size",

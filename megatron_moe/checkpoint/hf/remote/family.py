@@ -19,6 +19,7 @@ from megatron_moe.checkpoint.convert.blocks import (
     split_qkv,
 )
 from megatron_moe.checkpoint.hf.families import parts
+from megatron_moe.checkpoint.hf.families.abilities import NoPlace
 from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, SOURCE, Fields, check_storage
 from megatron_moe.config.attention import is_cross_layer
@@ -55,16 +56,17 @@ class RemoteCode:
     skips_later_layers = False
 
     def reasons(self, run: RunConfig) -> tuple[str, ...]:
-        """What of the run's model the class does not compute: nothing.
+        """What of the run's model the class does not compute: latent attention, and nothing else.
 
         No router of ours looks at other tokens outside of training, not even expert choice, which has its cutoffs then;
         nor do the flags of training change what is computed.
         """
-        del run
+        if run.model.multi_latent_attention:
+            return (NoPlace(f"--multi-latent-attention: {self.architecture} has a key and a value for each group"),)
         return ()
 
     def why_not(self, run: RunConfig) -> str | None:
-        """None: it is always exact."""
+        """The reasons on one line; None where it is exact."""
         return "; ".join(self.reasons(run)) or None
 
     def config(self, run: RunConfig) -> dict[str, Any]:
