@@ -15,6 +15,8 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 UNFINISHED = ".unfinished"
+# In the common state of a checkpoint that was converted: where its weights, which are all it holds, come from.
+WEIGHTS_ONLY = "weights_only"
 _LONGEST_NUMBER = 20
 _NAME = re.compile(r"iter_[0-9]{7,}")
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint import safe_reader
 from megatron_moe.checkpoint.in_place import keep_in_place
-from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
+from megatron_moe.checkpoint.layout import CONFIG_FILE, WEIGHTS_ONLY, find_checkpoint
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
 from megatron_moe.checkpoint.torch_metadata import read_metadata
@@ -176,6 +176,9 @@ def _common_state(folder: Path) -> dict[str, Any]:
     replace.apply(safe_reader.REPLACEMENTS)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
+        if WEIGHTS_ONLY in common:
+            origin = str(common[WEIGHTS_ONLY])[:200]
+            raise UserError(f"--load {folder.parent}: holds weights only, converted from {origin}; give --finetune")
         # Asked for here, so that a checkpoint without them is named as damaged and not met later.
         return {key: common[key] for key in ("progress", "scheduler", "optimizer_common")}
     except DAMAGE as error:

@@ -65,8 +65,10 @@ def _spread_experts() -> bool:
 
 def model_state(model: list[Any]) -> dict[str, Any]:
     """Sharded state of every chunk; keys do not depend on the layout."""
+    # megatron-core adds this world's groups to what it is given (transformer/utils.py:ensure_metadata_has_dp_cp_group).
+    metadata = dict(METADATA)
     return {
-        f"model{index}": chunk.sharded_state_dict(metadata=METADATA) for index, chunk in enumerate(unwrap_model(model))
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(unwrap_model(model))
     }
 
 

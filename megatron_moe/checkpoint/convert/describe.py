@@ -81,6 +81,10 @@ def describe_state(state: dict[str, Any]) -> CheckpointModel:
     objects: list[str] = []
     for entry in _entries(state):
         if isinstance(entry, ShardedObject):
+            if entry.data is not None:
+                raise TypeError(
+                    f"{entry.key}: holds a {type(entry.data).__name__}, and a converter knows nothing to put there"
+                )
             objects.append(entry.unique_key)
         elif isinstance(entry, ShardedTensor):
             info = TensorInfo(tuple(entry.global_shape), entry.dtype)

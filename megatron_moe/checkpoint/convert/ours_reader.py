@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_moe.checkpoint import safe_reader
 from megatron_moe.checkpoint.convert.blocks import Box
 from megatron_moe.checkpoint.convert.describe import stack, unstacked
 from megatron_moe.checkpoint.convert.ranges import Files
@@ -43,7 +42,10 @@ class OursSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        safe_reader.check_folder(folder)
+        # Not at the top: the processes that read tensors need no megatron-core, which takes seconds to import.
+        from megatron_moe.checkpoint.safe_reader import check_folder
+
+        check_folder(folder)
         metadata = read_metadata(folder)
         self._files = Files(folder)
         self._stored: dict[str, _Chunks] = {}

@@ -7,7 +7,7 @@ another process would kill it.
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -172,3 +172,18 @@ def split(size: Sequence[int], most: int) -> list[tuple[tuple[int, ...], tuple[i
             start = (*place, begin, *(0 for _ in size[axis + 1 :]))
             parts.append((start, ((1,) * axis) + (min(step, size[axis] - begin), *size[axis + 1 :])))
     return parts
+
+
+def are_of_size(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether all these files are in a folder, each as long as it should be."""
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def interleave[T](lists: Iterable[list[T]]) -> list[T]:
+    """One of each list, then the next of each, at the speed at which all end together."""
+    placed = [
+        ((number + 0.5) / len(items), order, item)
+        for order, items in enumerate(lists)
+        for number, item in enumerate(items)
+    ]
+    return [item for *_, item in sorted(placed, key=lambda entry: entry[:2])]

@@ -8,23 +8,23 @@ all sizes are known beforehand, so every header is written before the first numb
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.convert.blocks import Box
-from megatron_moe.checkpoint.convert.ranges import Files, as_bytes, read_box, split, write_run
+from megatron_moe.checkpoint.convert.blocks import Box, Side
+from megatron_moe.checkpoint.convert.ranges import Files, are_of_size, as_bytes, interleave, read_box, split, write_run
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.config.base import UserError, disk_error
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# What one worker does in one go: finished pieces are not done again after a killed conversion.
-PIECE_BYTES = 256 << 20
+# At most what a worker holds of a tensor at a time.
+PIECE_BYTES = 128 << 20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -221,7 +221,8 @@ class SafetensorsWriter:
         for name, info in infos.items():
             if info.dtype not in _NAMES:
                 raise UserError(f"{name}: safetensors files cannot hold {info.dtype}; choose another dtype")
-        self._infos = dict(infos)
+        self.side: Side = "theirs"
+        self.infos = dict(infos)
         self._files = Files(folder, writable=True)
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
@@ -242,10 +243,15 @@ class SafetensorsWriter:
         other."""
         of_shard: dict[str, list[Box]] = {shard: [] for shard in self._headers}
         for name, (shard, _) in self._places.items():
-            info = self._infos[name]
+            info = self.infos[name]
             for start, size in split(info.shape, PIECE_BYTES // info.dtype.itemsize):
                 of_shard[shard].append(Box(name, start, size))
         return interleave(of_shard.values())
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the files are there, of their full size."""
+        return are_of_size(self._files.folder, self._sizes)
 
     def prepare(self) -> None:
         """Make the files, with their headers, of their full size.
@@ -263,21 +269,18 @@ class SafetensorsWriter:
             except OSError as error:
                 raise disk_error(str(path), error) from error
 
-    def write(self, piece: Box, parts: Iterable[Tensor]) -> None:
-        """Write a piece, whose numbers come in order, in contiguous tensors.
+    def write(self, piece: Box, values: Tensor) -> None:
+        """Write a piece: contiguous, of the tensor's dtype.
 
         Raises:
             UserError: the disk is full, or the file has gone.
         """
-        info = self._infos[piece.name]
+        info = self.infos[piece.name]
+        assert values.dtype == info.dtype
         shard, offset = self._places[piece.name]
         for axis, first in enumerate(piece.start):
             offset += first * math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize
-        for part in parts:
-            assert part.dtype == info.dtype
-            data = as_bytes(part)
-            write_run(self._files, shard, offset, data)
-            offset += len(data)
+        write_run(self._files, shard, offset, as_bytes(values))
 
     def finish(self) -> None:
         """Write the index of what lies in the files; needed, and allowed, once all pieces are written.
@@ -303,11 +306,11 @@ class SafetensorsWriter:
 
     def _lay_out(self, shard: str, names: list[str]) -> None:
         # As the library does: the widest numbers first, so that every tensor begins at a multiple of its width.
-        names = sorted(names, key=lambda name: (-self._infos[name].dtype.itemsize, name))
+        names = sorted(names, key=lambda name: (-self.infos[name].dtype.itemsize, name))
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            info = self._infos[name]
+            info = self.infos[name]
             offsets = [end, end + info.nbytes]
             entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
             end += info.nbytes
@@ -329,13 +332,3 @@ def _fill_shards(infos: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
         shards[-1].append(name)
         used += info.nbytes
     return shards
-
-
-def interleave[T](lists: Iterable[list[T]]) -> list[T]:
-    """One of each list, then the next of each, at the speed at which all end together."""
-    placed = [
-        ((number + 0.5) / len(items), order, item)
-        for order, items in enumerate(lists)
-        for number, item in enumerate(items)
-    ]
-    return [item for *_, item in sorted(placed, key=lambda entry: entry[:2])]

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint.convert.blocks import Box, whole
+from megatron_moe.checkpoint.convert.ranges import interleave
 from megatron_moe.checkpoint.convert.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
     SafetensorsSource,
     SafetensorsWriter,
-    interleave,
     read_header,
 )
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
@@ -38,7 +38,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor] = TENSORS, shard_bytes:
     writer = SafetensorsWriter(folder, infos, shard_bytes)
     writer.prepare()
     for piece in writer.pieces:
-        writer.write(piece, [tensors[piece.name][piece.slices].contiguous()])
+        writer.write(piece, tensors[piece.name][piece.slices].contiguous())
     writer.finish()
     return writer
 
