@@ -148,7 +148,7 @@ def replaced_symbols() -> list[tuple[str, Replacement]]:
 
     silence_third_party_warnings()
     from megatron_moe import torchrun
-    from megatron_moe.checkpoint import safe_reader, save, torch_adam
+    from megatron_moe.checkpoint import flat_states, safe_reader, save
     from megatron_moe.moe import expert_bias
     from megatron_moe.runtime import cpu
 
@@ -157,7 +157,7 @@ def replaced_symbols() -> list[tuple[str, Replacement]]:
         ("a model is built", expert_bias.REPLACEMENT),
         *(("a checkpoint is written", replacement) for replacement in save.REPLACEMENTS),
         *(("a checkpoint is read", replacement) for replacement in safe_reader.REPLACEMENTS),
-        ("a run is resumed", torch_adam.REPLACEMENT),
+        *(("a run is resumed", replacement) for replacement in flat_states.REPLACEMENTS),
     ]
     return anywhere + [("on a CPU", replacement) for replacement in cpu.replacements()]
 

@@ -17,7 +17,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_moe.checkpoint import torch_adam
+from megatron_moe.checkpoint import flat_states, torch_adam
+from megatron_moe.checkpoint.in_place import keep_in_place
 from megatron_moe.runtime import replace
 
 # Understood by megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.sharded_state_dict: optimizer state in
@@ -60,7 +61,7 @@ class OptimizerLoad:
         self._masters: dict[str, Any] = {}
         if not common["updates"]:
             return
-        replace.apply([torch_adam.REPLACEMENT])
+        replace.apply(flat_states.REPLACEMENTS)
         with _without_empty_parts(optimizer), _whole_buckets(optimizer):
             torch_adam.fill_empty_states(optimizer)
             self._tree = optimizer.sharded_state_dict(model_sharded, is_loading=True, metadata=METADATA)
@@ -86,6 +87,7 @@ class OptimizerLoad:
                     part.grad_scaler.load_state_dict(scaler)
             return
         if self._masters:
+            keep_in_place(self._masters)
             loaded = loaded | dist_checkpointing.load({"masters": self._masters}, str(self._folder))["masters"]
         for place, value in _walk(self._tree):
             if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
