@@ -87,7 +87,7 @@ def _entries(leaf: ShardedTensor | ShardedTensorFactory) -> list[tuple[int, Shar
 def _boxes_of(
     entry: ShardedTensor, first: int, begin: int, end: int, prefix: str, state: Tensor
 ) -> Iterator[ShardedTensor]:
-    """What of an entry, which begins at the number `first` of its parameter, lies in the piece from `begin` to `end`."""
+    """What lies in the piece from `begin` to `end` of an entry that begins at the number `first` of its parameter."""
     position = max(begin, first)
     for start, size in flat_boxes(
         position - first, min(end, first + math.prod(entry.local_shape)) - first, entry.local_shape
