@@ -177,22 +177,16 @@ class OurModel(Ours):
     @torch.no_grad()
     def logits(self, ids_BS: Tensor | None = None, domains_BS: Tensor | None = None) -> Tensor:
         """[B, S, V] without the rows that only pad the tables."""
+        return self.logits_with_gradient(real_ids() if ids_BS is None else ids_BS, domains_BS)
+
+    def logits_with_gradient(self, ids_BS: Tensor, domains_BS: Tensor | None = None) -> Tensor:
+        """The same, to learn from."""
         from megatron_moe.moe.inputs import pack_inputs
 
-        ids_BS = real_ids() if ids_BS is None else ids_BS
         positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
         inputs = pack_inputs(ids_BS, torch.arange(len(ids_BS)), domains_BS=domains_BS)
         output = self.chunk(ids_BS, positions_BS, None, padding_mask=inputs, runtime_gather_output=True)
         return output[..., : self.run.model.vocab_size].float()
-
-    @torch.no_grad()
-    def greedy(self, ids_BS: Tensor, count: int, domains_B1: Tensor | None = None) -> Tensor:
-        """[B, S + count]: texts with the tokens that our generation adds, without a cache."""
-        for _ in range(count):
-            domains_BS = None if domains_B1 is None else domains_B1.expand_as(ids_BS)
-            chosen_B1 = self.logits(ids_BS, domains_BS)[:, -1:].argmax(dim=-1)
-            ids_BS = torch.cat((ids_BS, chosen_B1), dim=1)
-        return ids_BS
 
 
 def domains_for(run: RunConfig) -> Tensor | None:
@@ -253,3 +247,23 @@ def imported(folder: Path) -> RunConfig:
     """The run that the folder's config.json describes."""
     flags = FAMILY.flags(json.loads((folder / "config.json").read_text()))
     return build_run(flags, {"parallel": {"device": "cpu"}, "training": {"train_iters": 1}})
+
+
+class _Bytes:
+    """What generation asks of a tokenizer; nothing ends a document."""
+
+    vocab_size, eod = VOCABULARY, -1
+
+
+def our_greedy(model: OurModel, prompts: list[list[int]], count: int, domains: list[int] | None = None) -> Tensor:
+    """[B, count]: the tokens that our own generation adds to prompts, with its cache."""
+    from megatron_moe.inference.generation import generate
+    from megatron_moe.inference.model import InferenceModel
+    from megatron_moe.inference.options import SamplingOptions
+    from megatron_moe.inference.saved_model import SavedModel
+
+    saved = SavedModel(Path(), model.run, _Bytes())  # type: ignore[arg-type]
+    done = generate(
+        InferenceModel(saved, model.chunk), prompts, SamplingOptions(greedy=True), max_new_tokens=count, domains=domains
+    )
+    return torch.tensor([one.ids for one in done])

@@ -138,7 +138,7 @@ class MegatronMoeAttention(nn.Module):
         position_ids: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
-        past_length: int | Tensor,
+        first_positions: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Output [B, S, H]; keys and values for the layers after it; attention weights where they are computed."""
@@ -156,7 +156,7 @@ class MegatronMoeAttention(nn.Module):
             assert shared_values is not None
             key, value = shared_keys, shared_values
         if self.shares:
-            tables = self._key_tables(key.shape[2], position_ids, position_embeddings, past_length)
+            tables = self._key_tables(key.shape[2], position_ids, position_embeddings, first_positions)
             key = rotate(self._normed("k_norm", key), tables)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
@@ -186,13 +186,12 @@ class MegatronMoeAttention(nn.Module):
         length: int,
         position_ids: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
-        past_length: int | Tensor,
+        first_positions: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
         """Rotation of all T keys: those of the cache come without a gap before the tokens at hand."""
         if position_embeddings is None or length == position_ids.shape[1]:
             return position_embeddings
-        places = torch.arange(length, device=position_ids.device)
-        positions = places[None] + (position_ids[:, :1] - past_length)
+        positions = torch.arange(length, device=position_ids.device) + first_positions
         return rotary_tables(self.config, positions.clamp(min=0))
 
 
@@ -706,6 +705,9 @@ class MegatronMoeModel(MegatronMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+        # The position of the first key, below 0 where the text begins behind padding. Worked out now: a static cache
+        # moves its length on as layers write.
+        first = position_ids[:, -1:] - (past_length + position_ids.shape[1] - 1)
         mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -735,7 +737,7 @@ class MegatronMoeModel(MegatronMoePreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=tables,
                 past_key_values=past_key_values,
-                past_length=past_length,
+                first_positions=first,
                 **kwargs,
             )
             attentions += (weights,) if output_attentions else ()
