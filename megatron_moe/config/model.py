@@ -10,6 +10,7 @@ from megatron_moe.config.base import ConfigError, flag_name, format_value, requi
 MOST_LAYERS = 10_000
 # What an index of torch's kernels holds.
 LARGEST_SIZE = 2**31 - 1
+LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,23 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = False
     """An output projection of its own instead of the transposed embedding."""
     qk_layernorm: bool = False
-    """Normalise every query and key head before the dot product."""
+    """Normalise every query and key head before the dot product; with --multi-latent-attention the latent vectors
+    instead."""
     qk_layernorm_type: Literal["head", "projection"] = "head"
     """What --qk-layernorm normalises: each head by itself, with the same weights for all (Qwen3), or all heads of a
     token as one vector (OLMoE)."""
+    multi_latent_attention: bool = False
+    """Make keys and values of all heads from one small vector of a token (DeepSeek-V2 and V3)."""
+    q_lora_rank: int | None = None
+    """Width of a second such vector, that queries are made from. Default: they are projected as ever."""
+    kv_lora_rank: int = 512
+    """Width of the vector that keys and values are made from."""
+    qk_head_dim: int = 128
+    """Channels of a query and key head that are not rotated."""
+    qk_pos_emb_head_dim: int = 64
+    """Channels of a query and key head that are; all heads share those of the key."""
+    v_head_dim: int = 128
+    """Channels of a value head."""
     attention_weight_reuse_prob: float = 1.0
     """Probability that a layer computes its attention weights; otherwise it takes those of the layer before (HunYuan
     1T: 0.5). Drawn for every layer and micro-batch, in training only; attention dropout is drawn anew on weights that
@@ -118,6 +132,7 @@ class ModelConfig:
             "attention_weight_reuse_span",
             "cla_share_factor",
             "num_domains",
+            *LATENT_FLAGS,
         )
         reuse = self.attention_weight_reuse_prob
         require(0.0 <= reuse <= 1.0, "attention_weight_reuse_prob", reuse, "in [0, 1]")
@@ -154,7 +169,8 @@ class ModelConfig:
         require(1.0 <= factor < math.inf, "rope_scaling_factor", factor, "at least 1")
         if factor != type(self).rope_scaling_factor and not self.use_rope_scaling:
             raise ConfigError(f"--rope-scaling-factor {factor}: needs --use-rope-scaling")
-        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+        self._check_latent()
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads and not self.multi_latent_attention:
             raise ConfigError(
                 f"--hidden-size {self.hidden_size}: must be a multiple of --num-attention-heads "
                 f"{self.num_attention_heads}, or give --kv-channels"
@@ -169,6 +185,37 @@ class ModelConfig:
                 f"--max-position-embeddings {self.max_position_embeddings}: must be at least --seq-length "
                 f"{self.seq_length}"
             )
+
+    def _check_latent(self) -> None:
+        if not self.multi_latent_attention:
+            for name in LATENT_FLAGS:
+                value = getattr(self, name)
+                if value != getattr(type(self), name):
+                    raise ConfigError(f"{flag_name(name)} {value}: needs --multi-latent-attention")
+            return
+        for needed, flag in (
+            (self.position_embedding_type == "rope", "--position-embedding-type rope"),
+            (self.transformer_impl == "local", "--transformer-impl local"),
+            (self.attention_backend == "sdpa", "--attention-backend sdpa"),
+        ):
+            if not needed:
+                raise ConfigError(f"--multi-latent-attention: needs {flag}")
+        for name in (
+            "kv_channels",
+            "num_query_groups",
+            "add_qkv_bias",
+            "rotary_percent",
+            "use_rope_scaling",
+            "qk_layernorm_type",
+            "cla_share_factor",
+            "attention_weight_reuse_prob",
+        ):
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                flag = flag_name(name) if value is True else f"{flag_name(name)} {value}"
+                raise ConfigError(f"{flag}: cannot be combined with --multi-latent-attention")
+        rotated = self.qk_pos_emb_head_dim
+        require(rotated % 2 == 0, "qk_pos_emb_head_dim", rotated, "even: channels are rotated in pairs")
 
     def _check_domains(self) -> None:
         names = self.domain_names
@@ -198,8 +245,15 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head after the default is applied."""
+        """Width of one query and key head after the default is applied."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one value head after the default is applied."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def max_positions(self) -> int:

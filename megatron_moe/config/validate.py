@@ -57,6 +57,11 @@ def _check_tensor_parallel(run: RunConfig, experts_per_layer: tuple[int, ...]) -
             f"--tensor-model-parallel-size {size}: must divide --num-query-groups {model.query_groups}; "
             "key/value heads are split over the ranks, not copied"
         )
+    if model.multi_latent_attention:
+        if model.q_lora_rank is not None:
+            _check_divides(size, name, model.q_lora_rank, "--q-lora-rank")
+        width = model.kv_lora_rank + model.qk_pos_emb_head_dim
+        _check_divides(size, name, width, "--kv-lora-rank + --qk-pos-emb-head-dim, which is")
     if 0 in experts_per_layer:
         _check_divides(size, name, model.ffn_size, "--ffn-hidden-size")
     if run.moe.mlp_type == "residual":
@@ -93,7 +98,8 @@ def _check_sequence(run: RunConfig) -> None:
             f"--context-parallel-size {ranks} = {tensor * ranks}, because {why} the sequence"
         )
     rotated = int(run.model.head_dim * run.model.rotary_percent)
-    if run.model.position_embedding_type == "rope" and (rotated % 2 or rotated == 0):
+    whole_heads = run.model.position_embedding_type == "rope" and not run.model.multi_latent_attention
+    if whole_heads and (rotated % 2 or rotated == 0):
         raise ConfigError(
             f"--rotary-percent {run.model.rotary_percent}: must leave an even number of the "
             f"{run.model.head_dim} channels of a head to rotate, not {rotated}"

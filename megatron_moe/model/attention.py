@@ -34,6 +34,8 @@ class SdpaAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -59,7 +61,7 @@ class SdpaAttention(MegatronModule):
         Args:
             query: [S, B, H, D].
             key: [T, B, G, D].
-            value: [T, B, G, D].
+            value: [T, B, G, D], or of another width.
             attention_mask: must be None; the mask is implied.
             attn_mask_type: `no_mask` while decoding one token with a cache, else causal.
             attention_bias: must be None.
@@ -115,7 +117,11 @@ def attention(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, d
         # torch's CPU flash kernel takes equal head counts only; its grouped fallback keeps the S x S matrix.
         k_BGTD = k_BGTD.repeat_interleave(heads // groups, dim=1)
         v_BGTD = v_BGTD.repeat_interleave(heads // groups, dim=1)
-    return F.scaled_dot_product_attention(
+    width, most = v_BGTD.shape[3], max(q_BHSD.shape[3], v_BGTD.shape[3])
+    if not q_BHSD.is_cuda and width != q_BHSD.shape[3]:
+        # Nor does it take values of another width than keys: zeros add nothing.
+        q_BHSD, k_BGTD, v_BGTD = (F.pad(part, (0, most - part.shape[3])) for part in (q_BHSD, k_BGTD, v_BGTD))
+    out_BHSD = F.scaled_dot_product_attention(
         q_BHSD,
         k_BGTD,
         v_BGTD,
@@ -125,6 +131,7 @@ def attention(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, *, causal: bool, d
         scale=scale,
         enable_gqa=grouped,
     )
+    return out_BHSD[..., :width]
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -53,6 +53,12 @@ def _model(run: RunConfig) -> list[str]:
         f"of {model.head_dim}, {model.query_groups} key/value heads, sequence {model.seq_length}",
         f"{positions} positions, {model.normalization}, {activation}, {biases}, {tied} embeddings",
     ]
+    if model.multi_latent_attention:
+        rank = "" if model.q_lora_rank is None else f", of queries {model.q_lora_rank}"
+        lines.append(
+            f"multi-latent attention: latent of keys and values {model.kv_lora_rank}{rank}; heads of "
+            f"{model.qk_head_dim} + {model.qk_pos_emb_head_dim} rotated channels, values of {model.v_head_dim}"
+        )
     if model.cla_share_factor > 1:
         lines.append(f"cross-layer attention: {model.cla_share_factor} layers share keys and values")
     if model.attention_weight_reuse_prob < 1.0:

@@ -1,6 +1,7 @@
 """Arithmetic of one training step, for the TFLOP/s that a run reports."""
 
 from megatron_moe.config.attention import computed_share, is_cross_layer
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
@@ -15,6 +16,8 @@ def forward_flops_per_token(run: RunConfig) -> float:
     model, moe = run.model, run.moe
     h, heads, groups, d = model.hidden_size, model.num_attention_heads, model.query_groups, model.head_dim
     attention = 2 * h * d * (heads + 2 * groups) + 2 * heads * d * h + 2 * 2 * heads * d * model.seq_length / 2
+    if model.multi_latent_attention:
+        attention = _latent_flops(model)
     cross_layers = sum(is_cross_layer(number, model.cla_share_factor) for number in range(1, model.num_layers + 1))
     matrices = 3 if model.swiglu else 2
 
@@ -34,6 +37,16 @@ def forward_flops_per_token(run: RunConfig) -> float:
         if moe.moe_shared_expert_intermediate_size is not None:
             total += mlp(moe.moe_shared_expert_intermediate_size)
     return total + 2 * h * model.padded_vocab_size
+
+
+def _latent_flops(model: ModelConfig) -> float:
+    """Multi-latent attention of one layer: projections down and up, attention over heads of two widths, the output."""
+    h, heads, d, rank = model.hidden_size, model.num_attention_heads, model.head_dim, model.q_lora_rank
+    query = 2 * h * heads * d if rank is None else 2 * rank * (h + heads * d)
+    down = 2 * h * (model.kv_lora_rank + model.qk_pos_emb_head_dim)
+    up = 2 * model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim)
+    scores = 2 * heads * (d + model.v_head_dim) * model.seq_length / 2
+    return query + down + up + scores + 2 * heads * model.v_head_dim * h
 
 
 def _router_flops(run: RunConfig, experts: int) -> float:

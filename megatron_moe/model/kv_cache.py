@@ -14,4 +14,4 @@ def kv_cache_bytes_per_token(run: RunConfig) -> int:
     """
     model = run.model
     layers = sum(not is_cross_layer(number, model.cla_share_factor) for number in range(1, model.num_layers + 1))
-    return layers * 2 * model.query_groups * model.head_dim * BYTES[run.training.precision]
+    return layers * model.query_groups * (model.head_dim + model.value_dim) * BYTES[run.training.precision]

@@ -206,6 +206,8 @@ def stage_layers(run: RunConfig) -> list[tuple[int, ...]]:
 def attention_size(run: RunConfig, number: int = 1) -> Size:
     """The attention of layer `number`: the query/key/value and the output projection, and the query/key norms."""
     model = run.model
+    if model.multi_latent_attention:
+        return _latent_attention_size(run)
     query = model.num_attention_heads * model.head_dim
     cross = is_cross_layer(number, model.cla_share_factor)
     qkv = query if cross else query + 2 * model.query_groups * model.head_dim
@@ -218,6 +220,26 @@ def attention_size(run: RunConfig, number: int = 1) -> Size:
         alone = model.qk_layernorm_type == "head"
         for heads in (model.num_attention_heads, model.query_groups):
             size += norm_size(run, model.head_dim * (1 if alone else heads))
+    return size
+
+
+def _latent_attention_size(run: RunConfig) -> Size:
+    """Projections down, which tensor parallelism splits too, up, and of the output; norms of the latent vectors."""
+    model = run.model
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    latents = [model.kv_lora_rank]
+    size = Size(split=hidden * (model.kv_lora_rank + model.qk_pos_emb_head_dim))
+    size += Size(split=model.kv_lora_rank * heads * (model.qk_head_dim + model.v_head_dim))
+    size += Size(split=heads * model.v_head_dim * hidden)
+    if model.q_lora_rank is None:
+        size += Size(split=hidden * heads * model.head_dim)
+    else:
+        size += Size(split=model.q_lora_rank * (hidden + heads * model.head_dim))
+        latents.append(model.q_lora_rank)
+    if not model.disable_bias_linear:
+        size += Size(whole=hidden)
+    for width in latents if model.qk_layernorm else ():
+        size += norm_size(run, width)
     return size
 
 

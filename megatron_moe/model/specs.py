@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -31,11 +32,12 @@ from megatron_moe.model.cross_layer_attention import (
     CrossLayerSubmodules,
     SharingSelfAttention,
 )
+from megatron_moe.model.latent_attention import LatentAttention
 from megatron_moe.model.layer import CarryingLayer
 from megatron_moe.model.mlp import DenseMlp
 from megatron_moe.model.norms import build_norm
 from megatron_moe.model.projection_norm import ProjectionNorm
-from megatron_moe.model.transformer_config import PyramidTransformerConfig
+from megatron_moe.model.transformer_config import LatentTransformerConfig, PyramidTransformerConfig
 from megatron_moe.model.weight_reuse import ReusingAttention, ReusingLayer
 from megatron_moe.moe.expert_residual import ExpertResidualSubmodules
 from megatron_moe.moe.experts import expert_builder
@@ -125,6 +127,8 @@ def layer_class(config: PyramidTransformerConfig) -> type[TransformerLayer]:
 
 def attention_spec(config: PyramidTransformerConfig, backend: BackendSpecProvider, number: int) -> ModuleSpec:
     """The attention of layer `number`."""
+    if isinstance(config, LatentTransformerConfig):
+        return latent_attention_spec(config, backend)
     fused = backend.fuse_layernorm_and_linear()
     q_norm = k_norm = IdentityOp
     if config.qk_layernorm:
@@ -149,6 +153,27 @@ def attention_spec(config: PyramidTransformerConfig, backend: BackendSpecProvide
     elif config.attention_weight_reuse_prob < 1.0:
         module = ReusingAttention
     return ModuleSpec(module=module, params=params, submodules=SelfAttentionSubmodules(linear_qkv=projection, **parts))
+
+
+def latent_attention_spec(config: LatentTransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Multi-latent attention of the local backend."""
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm") if config.normalise_latents else IdentityOp
+    column = backend.column_parallel_linear()
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp if config.q_lora_rank is None else norm,
+            kv_layernorm=norm,
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=backend.core_attention(),
+        ),
+    )
 
 
 def dense_spec(backend: BackendSpecProvider, fused: bool) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.model import LATENT_FLAGS, ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
@@ -79,6 +79,16 @@ class PyramidTransformerConfig(TransformerConfig):
         return layer_config
 
 
+@dataclass
+class LatentTransformerConfig(PyramidTransformerConfig, MLATransformerConfig):
+    """The same for multi-latent attention (`model/latent_attention.py`)."""
+
+    normalise_latents: bool = False
+    """Norms on the latent vectors. Upstream's `qk_layernorm` stays off: it would sum the gradients of their weights
+    over the tensor-parallel ranks, each of which has the whole
+    (`distributed/finalize_model_grads.py:_allreduce_non_tensor_model_parallel_grads`)."""
+
+
 def build_transformer_config(run: RunConfig, *, inference: bool = False) -> PyramidTransformerConfig:
     """Translate a run's flags.
 
@@ -92,7 +102,8 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
     layout = expert_layout(model, run.moe)
     has_experts = layout.num_moe_layers > 0
     interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
-    return PyramidTransformerConfig(
+    kind, latent = _latent(model)
+    return kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
@@ -105,7 +116,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         activation_func=_activation(model),
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
+        qk_layernorm=model.qk_layernorm and not model.multi_latent_attention,
         qk_layernorm_type=model.qk_layernorm_type,
         attention_dropout=0.0 if inference else model.attention_dropout,
         hidden_dropout=0.0 if inference else model.hidden_dropout,
@@ -138,6 +149,7 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         deallocate_pipeline_outputs=True,
         # The mean over all tokens of a step, whatever the number of micro-batches and ranks.
         calculate_per_token_loss=True,
+        **latent,
         **_recompute(run, inference),
         **(_experts(run, inference) if has_experts else {}),
         heterogeneous_block_specs=has_experts,
@@ -155,6 +167,20 @@ def build_transformer_config(run: RunConfig, *, inference: bool = False) -> Pyra
         domains=model.num_domains or 1,
         has_cond_embedder=has_experts and run.shares_routing_embedding,
     )
+
+
+def _latent(model: ModelConfig) -> tuple[type[PyramidTransformerConfig], dict[str, Any]]:
+    """The config's class, and the fields of multi-latent attention."""
+    if not model.multi_latent_attention:
+        return PyramidTransformerConfig, {}
+    return LatentTransformerConfig, {
+        "multi_latent_attention": True,
+        **{name: getattr(model, name) for name in LATENT_FLAGS},
+        "normalise_latents": model.qk_layernorm,
+        "rope_type": "rope",
+        "rotary_base": model.rotary_base,
+        "rotary_scaling_factor": 1.0,
+    }
 
 
 def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
