@@ -35,6 +35,8 @@ NOT_READ = frozenset(
         "dtype",
         "transformers_version",
         "architectures",
+        # Layers past the last one, which predict later tokens: `native.names_in_files` leaves them.
+        "num_nextn_predict_layers",
     }
 )
 """Fields of transformers' config classes that do not change what a model computes."""
