@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.convert.blocks import Block, Box, Side
+from megatron_moe.checkpoint.convert.blocks import Block, Box, Side, whole
+from megatron_moe.checkpoint.convert.coverage import check_coverage
+from megatron_moe.checkpoint.convert.engine import Targets, assemble
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.hf.families.base import Family
 from megatron_moe.config.run import RunConfig
@@ -132,21 +134,21 @@ class Ours:
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the whole tensors by their canonical names."""
-        whole: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for key, shape, place, values in self._parts():
-            whole.setdefault(key, torch.full(shape, float("nan"), dtype=values.dtype))[place] = values
-        assert not any(tensor.isnan().any() for tensor in whole.values())
-        return whole
+            found.setdefault(key, torch.full(shape, float("nan"), dtype=values.dtype))[place] = values
+        assert not any(tensor.isnan().any() for tensor in found.values())
+        return found
 
     @torch.no_grad()
-    def load(self, whole: Mapping[str, Tensor]) -> "Ours":
+    def load(self, tensors: Mapping[str, Tensor]) -> "Ours":
         """Take over all weights."""
         seen = set()
         for key, shape, place, values in self._parts():
-            assert tuple(whole[key].shape) == shape, key
-            values.copy_(whole[key][place])
+            assert tuple(tensors[key].shape) == shape, key
+            values.copy_(tensors[key][place])
             seen.add(key)
-        assert seen == set(whole), f"not taken: {sorted(set(whole) - seen)}"
+        assert seen == set(tensors), f"not taken: {sorted(set(tensors) - seen)}"
         return self
 
     @torch.no_grad()
@@ -179,7 +181,7 @@ class MemorySource:
 def convert(blocks: list[Block], side: Side, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of `side`, from those of the other; every number of both sides must be in one block exactly.
 
-    Plain and slow on purpose: product code must come to the same.
+    Plain and slow on purpose: `checkpoint/convert` must come to the same, and does.
     """
     other: Side = "theirs" if side == "ours" else "ours"
     shapes: dict[str, list[int]] = {}
@@ -205,6 +207,11 @@ def convert(blocks: list[Block], side: Side, source: Mapping[str, Tensor]) -> di
         made[target.name][target.slices] = factor * values.reshape(target.size)
     for name, count in [*times.items(), *read.items()]:
         assert (count == 1).all(), f"{name}: {int((count != 1).sum())} of {count.numel()} numbers not in one block"
+    sides = (made, source) if side == "ours" else (source, made)
+    check_coverage(blocks, *({name: tensor.shape for name, tensor in tensors.items()} for tensors in sides))
+    targets, memory = Targets(blocks, side), MemorySource(source)
+    for name, tensor in made.items():
+        assert torch.equal(assemble(targets, whole(name, tensor.shape), memory, tensor.dtype), tensor), name
     return made
 
 
