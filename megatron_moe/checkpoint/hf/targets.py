@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.checkpoint.hf.families import (
+    deepseek_v3,
     glm4_moe,
     gpt2,
     granitemoeshared,
@@ -43,6 +44,7 @@ WITH_EXPERTS: tuple[Family, ...] = (
     qwen2_moe.FAMILY,
     glm4_moe.FAMILY,
     olmoe.FAMILY,
+    deepseek_v3.FAMILY,
 )
 """In the order in which they are tried."""
 DENSE: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)

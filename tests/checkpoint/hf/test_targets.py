@@ -11,6 +11,7 @@ import torch
 
 from megatron_moe.checkpoint.hf.families.abilities import MATTERS, MATTERS_NOT
 from megatron_moe.checkpoint.hf.own_flags import KEY, NOT_WRITTEN
+from megatron_moe.checkpoint.hf.remote.family import RemoteCode
 from megatron_moe.checkpoint.hf.targets import FAMILIES, WITH_EXPERTS, choose_hf_target, family_of, run_of
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.run import RunConfig
@@ -110,9 +111,11 @@ def test_the_reasons_of_all_classes_before_are_told() -> None:
     assert target.lines[-1] == "MegatronMoeForCausalLM (megatron_moe): exact"
 
 
-def test_a_model_that_no_class_holds_is_refused() -> None:
+def test_a_model_that_no_class_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = moe_like(num_query_groups=None, multi_latent_attention=True)
-    with pytest.raises(ConfigError, match=r"^no class holds this model: --multi-latent-attention: .*; nearest: "):
+    assert choose_hf_target(latent).family.model_type == "megatron_moe"
+    monkeypatch.setattr(RemoteCode, "reasons", lambda self, run: ("--some-flag: it has none",))
+    with pytest.raises(ConfigError, match=r"^no class holds this model: --some-flag: it has none; nearest: "):
         choose_hf_target(latent)
 
 
@@ -464,4 +467,4 @@ def test_any_model_has_a_class_and_comes_back() -> None:
             block.theirs.name for block in target.family.blocks(run) if block.theirs
         }
         seen.add(target.family.model_type)
-    assert seen >= {family.model_type for family in WITH_EXPERTS} - {"olmoe"}
+    assert seen >= {family.model_type for family in WITH_EXPERTS} - {"olmoe", "deepseek_v3"}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from megatron_moe.checkpoint.convert.blocks import Block, rename, shift, split_qkv, turned
 from megatron_moe.checkpoint.hf.families import parts
-from megatron_moe.checkpoint.hf.families.abilities import Abilities
+from megatron_moe.checkpoint.hf.families.abilities import Abilities, NoPlace
 from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, Fields, check_storage
 from megatron_moe.checkpoint.hf.families.native import NativeFamily
@@ -58,7 +58,7 @@ class Gpt2(NativeFamily):
         model, found = run.model, super().reasons(run)
         if model.query_groups != model.num_attention_heads:
             groups = f"--num-query-groups {model.query_groups}"
-            found += (f"{groups}: {self.architecture} has a key and value for each of its heads",)
+            found += (NoPlace(f"{groups}: {self.architecture} has a key and value for each of its heads"),)
         return found
 
     def config(self, run: RunConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.hf.families import parts
-from megatron_moe.checkpoint.hf.families.abilities import Abilities
+from megatron_moe.checkpoint.hf.families.abilities import Abilities, NoPlace
 from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import Fields, check_window, common_config, common_flags
 from megatron_moe.checkpoint.hf.families.native import NativeFamily
@@ -55,7 +55,8 @@ class Llama(DenseDecoder):
         found = super().reasons(run)
         if hidden % heads:
             # LlamaConfig.validate_architecture, whatever head_dim says.
-            found += (f"--hidden-size {hidden}: {self.architecture} takes a multiple of its {heads} attention heads",)
+            multiple = f"{self.architecture} takes a multiple of its {heads} attention heads"
+            found += (NoPlace(f"--hidden-size {hidden}: {multiple}"),)
         return found
 
     def config(self, run: RunConfig) -> dict[str, Any]:

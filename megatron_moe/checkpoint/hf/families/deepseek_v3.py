@@ -1,0 +1,198 @@
+"""DeepSeek-V3 and R1: multi-latent attention, sigmoid scores with a bias on the choice, groups of experts, a factor on
+their weights, a shared expert, dense layers first.
+
+Its class normalises the latent vectors with an epsilon of 1e-6, whatever that of the other norms is.
+"""
+
+from typing import Any, ClassVar
+
+from megatron_moe.checkpoint.convert.blocks import Block, rename
+from megatron_moe.checkpoint.hf.families import parts
+from megatron_moe.checkpoint.hf.families.abilities import Abilities
+from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags, renormalised
+from megatron_moe.checkpoint.hf.families.glm4_moe import choice_bias, group_flags, padded_shared, shared_experts
+from megatron_moe.checkpoint.hf.families.native import NativeFamily, known_gate, sums_to_one
+from megatron_moe.config.run import RunConfig
+from megatron_moe.moe.layout import expert_layout
+
+LATENT_EPSILON = 1e-6
+
+
+class DeepseekV3(NativeFamily):
+    """`DeepseekV3ForCausalLM`."""
+
+    model_type = "deepseek_v3"
+    architecture = "DeepseekV3ForCausalLM"
+    skips_later_layers = True
+    abilities = Abilities(
+        qk_norm=frozenset({True}),
+        latent=True,
+        dense="first",
+        score="sigmoid",
+        renormalised=frozenset({False, True}),
+        scale=True,
+        groups=True,
+        bias=True,
+        shared=frozenset({"none", "plain"}),
+    )
+    defaults: ClassVar[dict[str, Any]] = {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "rope_theta": 10000.0,
+    }
+    aliases: ClassVar[dict[str, str]] = {"n_routed_experts": "num_local_experts"}
+
+    def reasons(self, run: RunConfig) -> tuple[str, ...]:
+        """Everything of the run's model that the class does not compute; empty where it is exact."""
+        found, epsilon = super().reasons(run), run.model.norm_epsilon
+        if epsilon != LATENT_EPSILON:
+            always = f"{self.architecture} normalises latent vectors with {LATENT_EPSILON:g}"
+            found += (f"--norm-epsilon {epsilon:g}: {always}",)
+        return found
+
+    def config(self, run: RunConfig) -> dict[str, Any]:
+        """What config.json says of the model."""
+        model, layout, gate = run.model, expert_layout(run), known_gate(run)
+        groups, used = gate.groups or (1, 1)
+        return {
+            **common_config(run),
+            "intermediate_size": model.ffn_size,
+            "moe_intermediate_size": run.expert_ffn_size,
+            "n_routed_experts": layout.max_experts,
+            "n_shared_experts": shared_experts(run),
+            "num_experts_per_tok": gate.topk,
+            "norm_topk_prob": sums_to_one(run),
+            "routed_scaling_factor": gate.scale,
+            "n_group": groups,
+            "topk_group": used,
+            "first_k_dense_replace": layout.moe_layers[0] - 1,
+            "q_lora_rank": model.q_lora_rank,
+            "kv_lora_rank": model.kv_lora_rank,
+            "qk_nope_head_dim": model.qk_head_dim,
+            "qk_rope_head_dim": model.qk_pos_emb_head_dim,
+            "v_head_dim": model.v_head_dim,
+            "rope_interleave": True,
+            "attention_bias": False,
+            # Layers that predict later tokens: none.
+            "num_nextn_predict_layers": 0,
+            # Of DeepSeek's own code, which other programs follow.
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+        }
+
+    def flags(self, config: HfConfig) -> dict[str, dict[str, Any]]:
+        """The sections that make the same model; layers that predict later tokens are left out."""
+        fields = Fields({**config, "head_dim": None}, self.defaults, self.aliases)
+        fields.only("attention_bias", False, why="projections down have no biases")
+        fields.only("rope_interleave", True, why="rotated channels stand in pairs")
+        fields.only("rms_norm_eps", LATENT_EPSILON, why="that of the latent vectors, whatever this says")
+        fields.only("num_key_value_heads", None, fields.whole("num_attention_heads"), why="one for each head")
+        fields.only("scoring_func", None, "sigmoid", why="the class has no other")
+        fields.only("topk_method", None, "noaux_tc", why="the class has no other")
+        fields.only("moe_layer_freq", None, 1, why="the class has no other")
+        model = common_flags(fields, qk_norm=True) | {
+            "multi_latent_attention": True,
+            "q_lora_rank": None if fields.get("q_lora_rank") is None else fields.whole("q_lora_rank"),
+            "kv_lora_rank": fields.whole("kv_lora_rank"),
+            "qk_head_dim": fields.whole("qk_nope_head_dim"),
+            "qk_pos_emb_head_dim": fields.whole("qk_rope_head_dim", least=2),
+            "v_head_dim": fields.whole("v_head_dim"),
+        }
+        for name in ("num_query_groups", "kv_channels"):
+            del model[name]
+        first, layers = fields.whole("first_k_dense_replace", least=0), model["num_layers"]
+        if first >= layers:
+            raise fields.refuse("first_k_dense_replace", f"less than num_hidden_layers {layers}")
+        width, topk = fields.whole("moe_intermediate_size"), fields.whole("num_experts_per_tok")
+        if not renormalised(fields) and topk > 1:
+            raise fields.refuse("norm_topk_prob", "true: sigmoid weights of several experts are made to sum to 1")
+        return {
+            "model": model,
+            "moe": {
+                "num_experts": (fields.whole("n_routed_experts", least=2),),
+                "moe_first_dense_layers": first,
+                "moe_ffn_hidden_size": width,
+                "moe_router_topk": topk,
+                "moe_router_score_function": "sigmoid",
+                "moe_router_topk_scaling_factor": fields.number("routed_scaling_factor"),
+                "moe_router_enable_expert_bias": True,
+                "moe_shared_expert_intermediate_size": width * fields.whole("n_shared_experts"),
+                **group_flags(fields, topk),
+            },
+        }
+
+    def blocks(self, run: RunConfig) -> list[Block]:
+        """Where every weight is."""
+        return parts.decoder(run, self._layer)
+
+    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
+        theirs = f"model.layers.{layer}."
+        blocks = parts.layer_norms(run, layer, theirs) + latent_attention(run, layer, f"{theirs}self_attn.")
+        if not parts.is_moe(run, layer):
+            return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
+        blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
+        blocks += choice_bias(run, layer, f"{theirs}mlp.gate.e_score_correction_bias")
+        blocks += parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
+        return blocks + padded_shared(run, layer, f"{theirs}mlp.shared_experts.")
+
+    def fp32_names(self, run: RunConfig) -> frozenset[str]:
+        """The biases on the choice."""
+        layers = range(expert_layout(run).moe_layers[0] - 1, run.model.num_layers)
+        return frozenset(f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in layers)
+
+
+def latent_attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
+    """Projections down and up, norms of the latent vectors and the output; heads lie alike on both sides.
+
+    Args:
+        run: the model.
+        layer: its number from 0.
+        theirs: what their names begin with.
+    """
+    model, ours = run.model, f"{parts.our_layer(layer)}self_attention."
+    hidden, heads, rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank
+    down = (model.kv_lora_rank + model.qk_pos_emb_head_dim, hidden)
+    up = (heads * (model.qk_head_dim + model.v_head_dim), model.kv_lora_rank)
+    matrices: dict[str, tuple[str, tuple[int, int]]] = {
+        "linear_kv_down_proj": ("kv_a_proj_with_mqa", down),
+        "linear_kv_up_proj": ("kv_b_proj", up),
+        "linear_proj": ("o_proj", (hidden, heads * model.v_head_dim)),
+    }
+    blocks = parts.norm(model, f"{ours}kv_layernorm", f"{theirs}kv_a_layernorm", model.kv_lora_rank)
+    if rank is None:
+        matrices["linear_q_proj"] = ("q_proj", (heads * model.head_dim, hidden))
+    else:
+        matrices["linear_q_down_proj"] = ("q_a_proj", (rank, hidden))
+        matrices["linear_q_up_proj"] = ("q_b_proj", (heads * model.head_dim, rank))
+        blocks += parts.norm(model, f"{ours}q_layernorm", f"{theirs}q_a_layernorm", rank)
+    for own, (name, shape) in matrices.items():
+        blocks += rename(f"{ours}{own}.weight", f"{theirs}{name}.weight", shape)
+    return blocks
+
+
+FAMILY = DeepseekV3()

@@ -1,0 +1,159 @@
+"""DeepSeek-V3 against its class of transformers: the same logits, both ways, and the same bits there and back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import DeepseekV3Config
+
+from megatron_moe.checkpoint.hf.families.deepseek_v3 import FAMILY
+from megatron_moe.config.base import UserError
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.yaml_io import build_run
+from tests.helpers.hf_parity import TOLERANCE, VOCABULARY, export, import_, moe_like, one_process
+
+# No two widths alike.
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 28,
+    "qk_head_dim": 20,
+    "qk_pos_emb_head_dim": 12,
+    "v_head_dim": 16,
+    "qk_layernorm": True,
+    "norm_epsilon": 1e-6,
+    "moe_router_score_function": "sigmoid",
+}
+FULL: dict[str, Any] = {
+    "num_layers": 3,
+    "num_experts": (8,),
+    "moe_first_dense_layers": 1,
+    "moe_router_topk": 4,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_shared_expert_intermediate_size": 80,
+}
+EXPORTS: dict[str, dict[str, Any]] = {
+    "all of it": FULL,
+    "plain queries, no shared expert, no bias": {"q_lora_rank": None, "rotary_base": 500000},
+    "one expert a token, narrow shared expert": {"moe_router_topk": 1, "moe_shared_expert_intermediate_size": 24},
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "kv_lora_rank": 28,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 20,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 50,
+}
+
+
+def run_of(name: str) -> RunConfig:
+    return moe_like(**LATENT | EXPORTS[name])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
+    run = run_of(name)
+    assert FAMILY.why_not(run) is None
+    result = export(FAMILY, run, tmp_path / "hf")
+    assert result.size > 1.0
+    assert result.difference <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"n_shared_experts": 2}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}],
+)
+def test_their_model_as_ours(config: dict[str, Any], tmp_path: Path) -> None:
+    result = import_(FAMILY, DeepseekV3Config(**SIZES | config), tmp_path / "hf")
+    assert result.size > 1.0
+    assert result.difference <= TOLERANCE
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in result.keys
+    assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight" in result.keys
+
+
+def test_a_run_comes_back_from_its_config() -> None:
+    run = run_of("all of it")
+    again = build_run(FAMILY.flags(FAMILY.config(run)))
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "head_dim"):
+        assert getattr(again.model, name) == getattr(run.model, name), name
+    for name, value in FULL.items():
+        if name.startswith("moe"):
+            assert getattr(again.moe, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"qk_layernorm": False}, "no --qk-layernorm: DeepseekV3ForCausalLM has a norm"),
+        ({"norm_epsilon": 1e-5}, "--norm-epsilon 1e-05: DeepseekV3ForCausalLM normalises latent vectors with 1e-06"),
+        ({"moe_layer_freq": (1, 0)}, "dense layer 2: DeepseekV3ForCausalLM has dense layers only before all others"),
+        (
+            {"num_experts": (8,), "moe_router_topk": 2, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
+            "our groups are chosen by their best 1",
+        ),
+        ({"moe_router_score_function": "softmax"}, "softmax scores of experts: DeepseekV3ForCausalLM has sigmoid"),
+    ],
+)
+def test_what_the_class_does_not_compute(flags: dict[str, Any], reason: str) -> None:
+    why_not = FAMILY.why_not(moe_like(**LATENT | flags))
+    assert why_not is not None
+    assert reason in why_not
+
+
+def test_a_model_without_latent_vectors_is_none() -> None:
+    why_not = FAMILY.why_not(moe_like(moe_router_score_function="sigmoid", qk_layernorm=True, norm_epsilon=1e-6))
+    assert why_not is not None
+    assert why_not.startswith("no --multi-latent-attention")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_interleave": False}, "rope_interleave false: must be true"),
+        ({"attention_bias": True}, "attention_bias true: must be false"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: must be 1e-06"),
+        ({"num_key_value_heads": 64}, "num_key_value_heads 64: must be null or 128"),
+        ({"topk_method": "greedy"}, "topk_method greedy: must be null or noaux_tc"),
+        ({"topk_group": 2}, "topk_group 2: must be num_experts_per_tok 8 / 2"),
+        ({"first_k_dense_replace": 61}, "first_k_dense_replace 61: must be less than num_hidden_layers 61"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config {'quant_method': 'fp8'}: must be left"),
+    ],
+)
+def test_fields_that_are_not_read(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        FAMILY.flags(config)
+    assert str(error.value).startswith(f"config.json: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    written = DeepseekV3Config().to_dict()
+    for name, value in FAMILY.defaults.items():
+        found = written["rope_parameters"]["rope_theta"] if name == "rope_theta" else written.get(name)
+        if name == "n_routed_experts":
+            found = written.get(name, written.get("num_local_experts"))
+        assert found == value, name
