@@ -131,6 +131,28 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "base": {"router": "base"},
     "expert choice": {"router": "expert-choice", "use_expert_residual_network": True, "expert_residual_layers": 1},
+    # DeepSeek's attention with what its class has not.
+    "latent pyramid": {
+        "multi_latent_attention": True,
+        "position_embedding_type": "rope",
+        "q_lora_rank": 20,
+        "kv_lora_rank": 12,
+        "qk_head_dim": 10,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 6,
+        "qk_layernorm": True,
+    },
+    "latent without norms": {
+        "multi_latent_attention": True,
+        "position_embedding_type": "rope",
+        "kv_lora_rank": 12,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 8,
+        "v_head_dim": 10,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+        "router": "hash",
+    },
     "dense": {"num_experts": None, "expert_interval": 1, "mlp_type": "standard", "squared_relu": True},
 }
 """Every feature at least once; no case's other sizes are alike, so that nothing fits by accident."""

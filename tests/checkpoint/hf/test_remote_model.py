@@ -28,6 +28,7 @@ KINDS = (
     "token embedding",
     "expert choice",
     "sinkhorn, squared relu",
+    "latent pyramid",
 )
 
 
@@ -318,6 +319,8 @@ def test_wrong_inputs_are_named(exported: Get) -> None:
         ("attention_bias", False, "attention_bias false"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
         ("num_attention_heads", 0, "config.json"),
+        ("qk_norm", "latent", "qk_norm latent: must be null, head or projection"),
+        ("kv_lora_rank", 8, "attention_bias true: must be false"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(field: str, value: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "relu2", "silu"),
     "norm_type": ("layernorm", "rmsnorm"),
-    "qk_norm": (None, "head", "projection"),
+    "qk_norm": (None, "head", "projection", "latent"),
     "position_embedding_type": ("learned_absolute", "rope", "none"),
     "router_type": (
         "topk",
@@ -42,7 +42,13 @@ class MegatronMoeConfig(PreTrainedConfig):
         attention_bias: biases in the query, key and value projections.
         norm_type: `layernorm` (with biases) or `rmsnorm`.
         norm_eps: epsilon inside the norms.
-        qk_norm: normalise queries and keys before the rotation: each `head`, the whole `projection`, or None.
+        qk_norm: normalise queries and keys before the rotation: each `head` or the whole `projection`; or the `latent`
+            vectors they are made from; None: neither.
+        kv_lora_rank: width of the latent vector that keys and values of all heads are made from; None: they are
+            projected from the hidden state.
+        q_lora_rank: width of the latent vector that queries are made from; None: there is none.
+        qk_nope_head_dim, qk_rope_head_dim: channels of a head that are not rotated, and that are, with a latent vector.
+        v_head_dim: channels of a value with a latent vector.
         position_embedding_type: a learned table, rotary embeddings, or none.
         max_position_embeddings: rows of the learned table; longest text of training otherwise.
         rotary_base: base period of the rotary embeddings.
@@ -100,6 +106,11 @@ class MegatronMoeConfig(PreTrainedConfig):
         norm_type: str = "layernorm",
         norm_eps: float = 1e-5,
         qk_norm: str | None = None,
+        kv_lora_rank: int | None = None,
+        q_lora_rank: int | None = None,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
         position_embedding_type: str = "learned_absolute",
         max_position_embeddings: int = 2048,
         rotary_base: float = 10000.0,
@@ -156,6 +167,11 @@ class MegatronMoeConfig(PreTrainedConfig):
         self.norm_type = norm_type
         self.norm_eps = norm_eps
         self.qk_norm = qk_norm
+        self.kv_lora_rank = kv_lora_rank
+        self.q_lora_rank = q_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
         self.position_embedding_type = position_embedding_type
         self.max_position_embeddings = max_position_embeddings
         self.rotary_base = rotary_base

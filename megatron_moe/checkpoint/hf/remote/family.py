@@ -19,7 +19,6 @@ from megatron_moe.checkpoint.convert.blocks import (
     split_qkv,
 )
 from megatron_moe.checkpoint.hf.families import parts
-from megatron_moe.checkpoint.hf.families.abilities import NoPlace
 from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, SOURCE, Fields, check_storage
 from megatron_moe.config.attention import is_cross_layer
@@ -56,13 +55,12 @@ class RemoteCode:
     skips_later_layers = False
 
     def reasons(self, run: RunConfig) -> tuple[str, ...]:
-        """What of the run's model the class does not compute: latent attention, and nothing else.
+        """What of the run's model the class does not compute: nothing.
 
         No router of ours looks at other tokens outside of training, not even expert choice, which has its cutoffs then;
         nor do the flags of training change what is computed.
         """
-        if run.model.multi_latent_attention:
-            return (NoPlace(f"--multi-latent-attention: {self.architecture} has a key and a value for each group"),)
+        del run
         return ()
 
     def why_not(self, run: RunConfig) -> str | None:
@@ -144,10 +142,10 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         "hidden_act": _activation(model),
         "gated_mlp": model.swiglu,
         "linear_bias": not model.disable_bias_linear,
-        "attention_bias": model.add_qkv_bias or not model.disable_bias_linear,
+        "attention_bias": _qkv_biased(model),
         "norm_type": model.normalization.lower(),
         "norm_eps": model.norm_epsilon,
-        "qk_norm": model.qk_layernorm_type if model.qk_layernorm else None,
+        **_attention_fields(model),
         "position_embedding_type": model.position_embedding_type,
         "max_position_embeddings": model.max_positions,
         "rotary_base": model.rotary_base,
@@ -162,6 +160,24 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         "initializer_range": model.init_method_std,
         "use_cache": True,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+    }
+
+
+def _qkv_biased(model: ModelConfig) -> bool:
+    return model.add_qkv_bias or not (model.disable_bias_linear or model.multi_latent_attention)
+
+
+def _attention_fields(model: ModelConfig) -> dict[str, Any]:
+    kind = "latent" if model.multi_latent_attention else model.qk_layernorm_type
+    norm = {"qk_norm": kind if model.qk_layernorm else None}
+    if not model.multi_latent_attention:
+        return norm
+    return norm | {
+        "kv_lora_rank": model.kv_lora_rank,
+        "q_lora_rank": model.q_lora_rank,
+        "qk_nope_head_dim": model.qk_head_dim,
+        "qk_rope_head_dim": model.qk_pos_emb_head_dim,
+        "v_head_dim": model.v_head_dim,
     }
 
 
@@ -217,18 +233,14 @@ def _model_flags(fields: Fields) -> dict[str, Any]:
     rotary = {"rotary_base": int(base), "rotary_percent": fields.number("rotary_percent")}
     if stretch is not None:
         rotary |= {"use_rope_scaling": True, "rope_scaling_factor": fields.number("rotary_scaling_factor")}
-    bias, qkv_bias = fields.flag("linear_bias"), fields.flag("attention_bias")
-    if bias and not qkv_bias:
-        raise fields.refuse("attention_bias", "true where linear_bias is")
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[fields.get("norm_type")]
-    qk_norm, names = fields.get("qk_norm"), fields.get("domain_names")
+    names = fields.get("domain_names")
     return {
         "num_layers": fields.whole("num_hidden_layers"),
         "hidden_size": fields.whole("hidden_size"),
         "ffn_hidden_size": fields.whole("intermediate_size"),
         "num_attention_heads": fields.whole("num_attention_heads"),
-        "num_query_groups": fields.whole("num_key_value_heads"),
-        "kv_channels": fields.whole("head_dim"),
+        **(_head_flags(fields) if fields.get("kv_lora_rank") is None else _latent_flags(fields)),
         "seq_length": min(positions, LONGEST_SAMPLE),
         "max_position_embeddings": positions,
         "position_embedding_type": fields.get("position_embedding_type"),
@@ -236,11 +248,8 @@ def _model_flags(fields: Fields) -> dict[str, Any]:
         "normalization": norm,
         "norm_epsilon": fields.number("norm_eps"),
         **_activation_flags(fields),
-        "disable_bias_linear": not bias,
-        "add_qkv_bias": qkv_bias and not bias,
+        "disable_bias_linear": not fields.flag("linear_bias"),
         "untie_embeddings_and_output_weights": not fields.flag("tie_word_embeddings"),
-        "qk_layernorm": qk_norm is not None,
-        "qk_layernorm_type": qk_norm or "head",
         "cla_share_factor": fields.whole("kv_share_factor"),
         "num_domains": None if fields.get("num_domains") is None else fields.whole("num_domains"),
         "domain_names": None if names is None else tuple(names),
@@ -249,6 +258,38 @@ def _model_flags(fields: Fields) -> dict[str, Any]:
         "hidden_dropout": fields.get("hidden_dropout"),
         "init_method_std": fields.number("initializer_range"),
         "vocab_size": fields.whole("vocab_size"),
+    }
+
+
+def _head_flags(fields: Fields) -> dict[str, Any]:
+    """Of attention with keys and values of its own."""
+    norm, bias, qkv_bias = fields.get("qk_norm"), fields.flag("linear_bias"), fields.flag("attention_bias")
+    if norm == "latent":
+        raise fields.refuse("qk_norm", "null, head or projection without kv_lora_rank")
+    if bias and not qkv_bias:
+        raise fields.refuse("attention_bias", "true where linear_bias is")
+    return {
+        "num_query_groups": fields.whole("num_key_value_heads"),
+        "kv_channels": fields.whole("head_dim"),
+        "add_qkv_bias": qkv_bias and not bias,
+        "qk_layernorm": norm is not None,
+        "qk_layernorm_type": norm or "head",
+    }
+
+
+def _latent_flags(fields: Fields) -> dict[str, Any]:
+    """Of attention with latent vectors."""
+    fields.only("qk_norm", None, "latent", why="kv_lora_rank is given")
+    fields.only("attention_bias", False, why="projections of latent vectors have no biases")
+    fields.only("num_key_value_heads", fields.get("num_attention_heads"), why="every head has its key")
+    return {
+        "multi_latent_attention": True,
+        "kv_lora_rank": fields.whole("kv_lora_rank"),
+        "q_lora_rank": None if fields.get("q_lora_rank") is None else fields.whole("q_lora_rank"),
+        "qk_head_dim": fields.whole("qk_nope_head_dim"),
+        "qk_pos_emb_head_dim": fields.whole("qk_rope_head_dim"),
+        "v_head_dim": fields.whole("v_head_dim"),
+        "qk_layernorm": fields.get("qk_norm") is not None,
     }
 
 
@@ -330,9 +371,10 @@ def _their_layer(layer: int) -> str:
 def _layer(run: RunConfig, layer: int) -> list[Block]:
     theirs = _their_layer(layer)
     mlp = _moe if parts.is_moe(run, layer) else _dense
+    attention = _latent_attention if run.model.multi_latent_attention else _attention
     return [
         *parts.layer_norms(run, layer, theirs),
-        *_attention(run, layer, f"{theirs}self_attn."),
+        *attention(run, layer, f"{theirs}self_attn."),
         *mlp(run, layer, f"{theirs}mlp."),
     ]
 
@@ -355,6 +397,29 @@ def _attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
         whole = model.qk_layernorm_type == "projection"
         blocks += parts.norm(model, f"{ours}q_layernorm", f"{theirs}q_norm", heads * width if whole else width)
         blocks += parts.norm(model, f"{ours}k_layernorm", f"{theirs}k_norm", groups * width if whole else width)
+    return blocks
+
+
+def _latent_attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
+    model, ours = run.model, f"{parts.our_layer(layer)}self_attention."
+    hidden, heads, rank, latent = model.hidden_size, model.num_attention_heads, model.q_lora_rank, model.kv_lora_rank
+    queries, turned = heads * model.head_dim, model.qk_pos_emb_head_dim
+    matrices: dict[tuple[str, str], tuple[int, int]] = {
+        ("linear_kv_down_proj", "kv_a_proj_with_mqa"): (latent + turned, hidden),
+        ("linear_kv_up_proj", "kv_b_proj"): (heads * (model.qk_head_dim + model.v_head_dim), latent),
+    }
+    norms = {("kv_layernorm", "kv_a_layernorm"): latent}
+    if rank is None:
+        matrices["linear_q_proj", "q_proj"] = (queries, hidden)
+    else:
+        matrices["linear_q_down_proj", "q_a_proj"] = (rank, hidden)
+        matrices["linear_q_up_proj", "q_b_proj"] = (queries, rank)
+        norms["q_layernorm", "q_a_layernorm"] = rank
+    blocks = _linear(f"{ours}linear_proj", f"{theirs}o_proj", (hidden, heads * model.v_head_dim), bias=_biased(run))
+    for (mine, other), shape in matrices.items():
+        blocks += _linear(f"{ours}{mine}", f"{theirs}{other}", shape, bias=False)
+    for (mine, other), width in norms.items() if model.qk_layernorm else ():
+        blocks += parts.norm(model, f"{ours}{mine}", f"{theirs}{other}", width)
     return blocks
 
 

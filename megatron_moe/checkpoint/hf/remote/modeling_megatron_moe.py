@@ -47,7 +47,8 @@ def build_norm(config: MegatronMoeConfig, size: int) -> nn.Module:
 
 def rotary_frequencies(config: MegatronMoeConfig, device: torch.device) -> Tensor:
     """Of each pair of rotated channels."""
-    width = int(config.head_dim * config.rotary_percent)
+    latent = config.kv_lora_rank is not None
+    width = config.qk_rope_head_dim if latent else int(config.head_dim * config.rotary_percent)
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / (config.rotary_base ** (steps / width))
     factor = config.rotary_scaling_factor
@@ -99,6 +100,23 @@ def eager_attention(
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by the implementation that the config names: [B, S, heads, D of a value], and weights if it has any."""
+    kind = module.config._attn_implementation
+    width = value.shape[-1]
+    if "flash" in kind and width < query.shape[-1]:
+        # Its kernels take heads of one width only.
+        value = F.pad(value, (0, query.shape[-1] - width))
+    interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
+    dropout = module.attention_dropout if module.training else 0.0
+    output, weights = interface(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
+    )
+    return output[..., :width], weights
 
 
 class MegatronMoeAttention(nn.Module):
@@ -158,13 +176,7 @@ class MegatronMoeAttention(nn.Module):
         if self.shares:
             tables = self._key_tables(key.shape[2], position_ids, position_embeddings, first_positions)
             key = rotate(self._normed("k_norm", key), tables)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         output = self.o_proj(output.reshape(*hidden_BSH.shape[:2], -1))
         return output, shared_keys, shared_values, weights
 
@@ -193,6 +205,76 @@ class MegatronMoeAttention(nn.Module):
             return position_embeddings
         positions = torch.arange(length, device=position_ids.device) + first_positions
         return rotary_tables(self.config, positions.clamp(min=0))
+
+
+class MegatronMoeLatentAttention(nn.Module):
+    """Multi-latent attention (DeepSeek-V2): keys and values of all heads come from one small vector of the token, and
+    from a small rotated key that all heads share."""
+
+    def __init__(self, config: MegatronMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = 1
+        self.plain, self.rotated, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scaling = (self.plain + self.rotated) ** -0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        hidden, heads, rank, latent = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.q_lora_rank,
+            config.kv_lora_rank or 0,
+        )
+        queries, normed = heads * (self.plain + self.rotated), config.qk_norm is not None
+        if rank is None:
+            self.q_proj = nn.Linear(hidden, queries, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, rank, bias=False)
+            self.q_a_layernorm = build_norm(config, rank) if normed else nn.Identity()
+            self.q_b_proj = nn.Linear(rank, queries, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, latent + self.rotated, bias=False)
+        self.kv_a_layernorm = build_norm(config, latent) if normed else nn.Identity()
+        self.kv_b_proj = nn.Linear(latent, heads * (self.plain + self.value), bias=False)
+        self.o_proj = nn.Linear(heads * self.value, hidden, bias=config.linear_bias)
+
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        shared_keys: Tensor | None,
+        shared_values: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache | None,
+        first_positions: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, None, Tensor | None]:
+        """Output [B, S, H]; nothing for the layers after it; attention weights where they are computed."""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_BSH)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BSH)))
+        query = query.unflatten(-1, (-1, self.plain + self.rotated)).transpose(1, 2)
+        latent, turned = self.kv_a_proj_with_mqa(hidden_BSH).split(
+            [self.config.kv_lora_rank or 0, self.rotated], dim=-1
+        )
+        mixed = self.kv_b_proj(self.kv_a_layernorm(latent))
+        mixed = mixed.unflatten(-1, (-1, self.plain + self.value)).transpose(1, 2)
+        key, value = mixed.split([self.plain, self.value], dim=-1)
+        turned = rotate(in_halves(turned[:, None]), position_embeddings).expand(-1, key.shape[1], -1, -1)
+        key = torch.cat((key, turned), dim=-1)
+        query, query_turned = query.split([self.plain, self.rotated], dim=-1)
+        query = torch.cat((query, rotate(in_halves(query_turned), position_embeddings)), dim=-1)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), None, None, weights
+
+
+def in_halves(x: Tensor) -> Tensor:
+    """Channels that are rotated in pairs of neighbours, as pairs of the first and the second half."""
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
 # ---- MLPs and experts
@@ -548,7 +630,8 @@ class MegatronMoeDecoderLayer(GradientCheckpointingLayer):
         self.experts = experts = config.experts_per_layer[layer_idx]
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = build_norm(config, config.hidden_size)
-        self.self_attn = MegatronMoeAttention(config, layer_idx)
+        latent = config.kv_lora_rank is not None
+        self.self_attn = (MegatronMoeLatentAttention if latent else MegatronMoeAttention)(config, layer_idx)
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.mlp = MegatronMoeSparseBlock(config, experts) if experts else build_mlp(config, config.intermediate_size)
 
