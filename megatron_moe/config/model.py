@@ -144,6 +144,7 @@ class ModelConfig:
             "kv_channels",
             "seq_length",
             "vocab_size",
+            *LATENT_FLAGS,
         ):
             size = getattr(self, name)
             require(size is None or size <= LARGEST_SIZE, name, size, f"at most {LARGEST_SIZE}")

@@ -132,6 +132,20 @@ def test_counts() -> None:
     assert forward_flops_per_token(runs[0]) - rest == 4 * products
 
 
+def test_deepseek_v3_has_the_published_size() -> None:
+    """arXiv 2412.19437: 671 B parameters, of which a token passes through 37 B."""
+    words = (
+        "--multi-latent-attention --q-lora-rank 1536 --qk-layernorm --position-embedding-type rope "
+        "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
+        "--num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 --num-attention-heads 128 --vocab-size 129280 "
+        "--num-experts 256 --moe-first-dense-layers 3 --moe-ffn-hidden-size 2048 --moe-router-topk 8 "
+        "--moe-shared-expert-intermediate-size 2048"
+    )
+    counts = count_parameters(parse_run(words.split(), prog="pretrain", description="")[0])
+    assert counts.total // 10**9 == 671
+    assert counts.activated // 10**9 == 37
+
+
 def test_the_dry_run_names_it() -> None:
     text = report(tiny_run(**DENSE | LATENT), 1)
     assert "multi-latent attention: latent of keys and values 12, of queries 24; heads of 10 + 4 rotated" in text
