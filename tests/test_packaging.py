@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import megatron_moe
+from megatron_moe.checkpoint.hf.remote.family import CODE_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,7 +91,7 @@ def test_installed_package_is_this_tree() -> None:
     assert Path(megatron_moe.__file__).is_relative_to(ROOT)
 
 
-def test_wheel_holds_recipes_and_type_marker(tmp_path: Path) -> None:
+def test_wheel_holds_recipes_type_marker_and_code_for_checkpoints(tmp_path: Path) -> None:
     """Built through setup.py, the way old tools do, from a copy: nothing is left in the tree."""
     source = tmp_path / "source"
     shutil.copytree(ROOT / "megatron_moe", source / "megatron_moe", ignore=shutil.ignore_patterns("__pycache__"))
@@ -107,6 +108,7 @@ def test_wheel_holds_recipes_and_type_marker(tmp_path: Path) -> None:
     assert (built / "py.typed").exists()
     recipes = {path.name for path in (ROOT / "megatron_moe" / "config" / "recipes").glob("*.yaml")}
     assert {path.name for path in (built / "config" / "recipes").glob("*.yaml")} == recipes
+    assert all((built / "checkpoint" / "hf" / "remote" / name).exists() for name in CODE_FILES)
 
 
 def test_make_lists_its_targets() -> None:

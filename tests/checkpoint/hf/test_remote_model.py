@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -102,12 +103,14 @@ def test_domains_may_differ_by_token_and_last(exported: Get) -> None:
         model(ids)
 
 
-def test_beams_sample_and_continue(exported: Get) -> None:
+def test_beams(exported: Get) -> None:
     """Beam search reorders the cache, of which layers without keys have no part."""
-    one = exported("hunyuan-large")
-    model, ids = load(one.folder), real_ids()[:, :8]
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    for name in ("hunyuan-large", "pangu-sigma"):
+        one = exported(name)
+        model, ids = load(one.folder), real_ids()[:, :8]
+        asked = options | domains(one)
+        assert torch.equal(model.generate(ids, **asked), model.generate(ids, use_cache=False, **asked))
 
 
 def test_only_layers_with_keys_fill_the_cache(exported: Get) -> None:
@@ -252,10 +255,53 @@ def test_half_precision_keeps_what_decides(exported: Get) -> None:
     assert choice.model.layers[1].mlp.router.cutoffs.dtype == torch.float32
     table = load(exported("hash").folder, dtype=torch.bfloat16).model.layers[1].mlp.router.token_map
     assert table.dtype == torch.int32
-    for one in (model, choice):
+    # Converted later, they are not rounded either.
+    bias = load(exported("sigmoid and bias").folder).model.layers[1].mlp.router.expert_bias
+    assert not torch.equal(bias, bias.bfloat16().float())
+    later = load(exported("sigmoid and bias").folder).to(torch.bfloat16)
+    assert torch.equal(later.model.layers[1].mlp.router.expert_bias, bias)
+    for one in (model, choice, later):
         logits = one(real_ids()).logits
         assert logits.dtype == torch.bfloat16
         assert bool(logits.isfinite().all())
+
+
+def test_one_product_for_all_experts_is_the_same(exported: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, and its gradients; `grouped_mm` runs on a CPU too."""
+    for name in ("pyramid residual", "sigmoid and bias", "expert choice"):
+        one = exported(name)
+        results = []
+        for grouped in (False, True):
+            model, seen = still(load(one.folder)), []
+
+            def has_kernel(rows: torch.Tensor, *weights: Any, grouped: bool = grouped, seen: list[int] = seen) -> bool:
+                seen.append(len(rows))
+                return grouped
+
+            monkeypatch.setattr(sys.modules[type(model).__module__], "has_grouped_kernel", has_kernel)
+            loss = model(real_ids(), labels=real_ids()).loss
+            loss.backward()
+            assert len(seen) == sum(count > 0 for count in model.config.experts_per_layer)
+            results.append((loss, {key: value.grad for key, value in model.named_parameters()}))
+        (loss, gradients), (expected_loss, expected) = results
+        assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-6)
+        for key, gradient in gradients.items():
+            size = float(expected[key].abs().max())
+            assert float((gradient - expected[key]).abs().max()) <= 1e-5 * max(size, 1e-3), key
+
+
+def test_mixed_precision_routes_in_fp32(exported: Get) -> None:
+    for name in ("pyramid residual", "sigmoid and bias", "token embedding"):
+        model = load(exported(name).folder)
+        plain = model(real_ids(), labels=real_ids(), output_router_logits=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = model(real_ids(), labels=real_ids(), output_router_logits=True)
+        mixed.loss.backward()
+        assert {logits.dtype for logits in mixed.router_logits} == {torch.float32}
+        # Those of the first layer with experts see inputs that differ by rounding alone.
+        first, expected = mixed.router_logits[0], plain.router_logits[0]
+        assert float((first - expected).detach().abs().max()) < 0.1 * float(expected.detach().abs().max())
+        assert float(mixed.loss) == pytest.approx(float(plain.loss), rel=0.1)
 
 
 # ---- what must not pass
@@ -301,9 +347,14 @@ def test_wrong_inputs_are_named(exported: Get) -> None:
     embeddings = model.get_input_embeddings()(real_ids())
     with pytest.raises(ValueError, match="chosen by token id; give input_ids"):
         model(inputs_embeds=embeddings)
+    with pytest.raises(ValueError, match="300 token ids: must be 259; with router_type hash"):
+        model.resize_token_embeddings(300)
+    assert model.resize_token_embeddings(259) is model.get_input_embeddings()
     plain = load(exported("pyramid residual").folder)
     embeddings = plain.get_input_embeddings()(real_ids())
     assert torch.equal(plain(inputs_embeds=embeddings).logits, plain(real_ids()).logits)
+    plain.resize_token_embeddings(270)
+    assert plain(real_ids()).logits.shape[-1] == 270
 
 
 @pytest.mark.parametrize(

@@ -432,6 +432,16 @@ class MegatronMoeRouter(nn.Module):
             # How many steps of training they are the mean of.
             self.register_buffer("cutoff_steps", torch.zeros(1, dtype=torch.int64))
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Biases and cutoffs stay in fp32, unrounded, when the model is converted to a half type."""
+        before = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(after.device))
+        return self
+
     def forward(
         self, x_NH: Tensor, ids_BS: Tensor | None, domains_BS: Tensor | None, logits_NE: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -704,6 +714,21 @@ class MegatronMoePreTrainedModel(PreTrainedModel):
                     f"{what} {len(names)} tensors, the first is {names[0]}; export or copy it again"
                 )
         return (model, info) if wants_info else model
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, unless token ids decide on experts: a new id has none.
+
+        Raises:
+            ValueError: they do.
+        """
+        config = self.config
+        by_id = config.router_type in (*FIXED_ROUTERS, "token-embedding") and any(config.experts_per_layer)
+        if by_id and new_num_tokens not in (None, config.vocab_size):
+            raise ValueError(
+                f"{new_num_tokens} token ids: must be {config.vocab_size}; with router_type {config.router_type} a new "
+                "id has no experts"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
