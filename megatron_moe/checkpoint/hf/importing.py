@@ -24,6 +24,7 @@ from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, Impo
 from megatron_moe.checkpoint.hf.own_code import may_run_code
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
+from megatron_moe.checkpoint.hf.usual_names import Files, UsualNames, has_names_of_memory
 from megatron_moe.checkpoint.hf.verify import Proof, exact_names, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, UNFINISHED, checkpoint_folder
 from megatron_moe.config.base import UserError
@@ -47,7 +48,7 @@ class RenamedSource:
         names: new name -> name in the files.
     """
 
-    def __init__(self, source: SafetensorsSource, names: Mapping[str, str]) -> None:
+    def __init__(self, source: Files, names: Mapping[str, str]) -> None:
         self._source, self._names = source, dict(names)
         self.infos: dict[str, TensorInfo] = {new: source.infos[old] for new, old in names.items()}
 
@@ -96,7 +97,9 @@ def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
     Raises:
         UserError: a file is missing or damaged.
     """
-    files = SafetensorsSource(folder)
+    files: Files = SafetensorsSource(folder)
+    if has_names_of_memory(files):
+        files = UsualNames(files, family.model_type)
     return RenamedSource(files, names_in_files(family, run, files.infos))
 
 
