@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.convert.blocks import Block
-from megatron_moe.checkpoint.convert.coverage import check_coverage
-from megatron_moe.checkpoint.convert.engine import Targets, assemble, target_infos
+from megatron_moe.checkpoint.convert.engine import target_infos
+from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.ours_reader import OursSource
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsWriter
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.hf.card import REMOTE_TYPE, CardFacts, model_card
 from megatron_moe.checkpoint.hf.families.base import Family
-from megatron_moe.checkpoint.hf.folders import check_room, check_target
+from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
 from megatron_moe.checkpoint.hf.generation_config import generation_config, special_ids
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ExportOptions
@@ -26,7 +26,7 @@ from megatron_moe.checkpoint.hf.remote.family import copy_code
 from megatron_moe.checkpoint.hf.targets import Target, choose_hf_target
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer, check_template, export_tokenizer
 from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, exact_names, prove
-from megatron_moe.checkpoint.layout import CONFIG_FILE, UNFINISHED
+from megatron_moe.checkpoint.layout import CONFIG_FILE
 from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
@@ -98,7 +98,17 @@ def export_hf(options: ExportOptions, command: str, *, debug: bool = False) -> I
             proof.append(_prove(export, folder, debug))
         (folder / "README.md").write_text(_card(export, command, tokenizer[0], proof), encoding="utf-8")
 
-    _convert(export, finish)
+    folder = unfinished_folder(export.output)
+    convert_whole(
+        export.blocks,
+        export.source,
+        SafetensorsWriter(folder, export.infos, options.shard_bytes),
+        export.output,
+        inputs=[export.saved.folder],
+        finish=finish,
+        flag="--output",
+        workers=options.workers,
+    )
     total = sum(info.nbytes for info in export.infos.values())
     yield f"{export.output}: {len(export.infos)} tensors, {total:,} bytes in {export.dtype}"
     yield f"tokenizer: {tokenizer[0].note}"
@@ -121,21 +131,8 @@ def _plan(options: ExportOptions) -> _Export:
     blocks = target.family.blocks(trained)
     dtype = None if options.dtype == "auto" else getattr(torch, TORCH_NAMES[options.dtype])
     infos = target_infos(blocks, "theirs", source.infos, dtype, target.family.fp32_names(trained))
-    check_coverage(blocks, source.infos, infos, ours_in=str(saved.folder))
     check_room(output, sum(info.nbytes for info in infos.values()), "--output")
     return _Export(options, saved, trained, target, source, blocks, infos, template, licence)
-
-
-def _convert(export: _Export, finish: Callable[[Path], None]) -> None:
-    unfinished = export.output.with_name(export.output.name + UNFINISHED)
-    writer = SafetensorsWriter(unfinished, export.infos, export.options.shard_bytes)
-    writer.prepare()
-    targets = Targets(export.blocks, "theirs")
-    for piece in writer.pieces:
-        writer.write(piece, assemble(targets, piece, export.source, export.infos[piece.name].dtype))
-    writer.finish()
-    finish(unfinished)
-    unfinished.rename(export.output)
 
 
 def _write_small_files(export: _Export, folder: Path) -> ExportedTokenizer:

@@ -1,8 +1,12 @@
-"""What must hold of the folder that a conversion writes before anything is written. No torch here."""
+"""The folder that a conversion writes: what must hold of it before, and that it is complete or not there."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_moe.checkpoint.convert.blocks import Block
+from megatron_moe.checkpoint.convert.stream import TensorWriter, convert
+from megatron_moe.checkpoint.convert.tensors import TensorSource
 from megatron_moe.config.base import UserError
 
 # Tokenizer, card, configs, journal.
@@ -39,6 +43,33 @@ def check_room(target: Path, needed: int, flag: str) -> None:
             f"{flag} {target}: needs {_gigabytes(needed + _SMALL_FILES)}, but {place} has {_gigabytes(free)} free; "
             "make room, or give another place"
         )
+
+
+def convert_whole(
+    blocks: Sequence[Block],
+    source: TensorSource,
+    writer: TensorWriter,
+    output: Path,
+    *,
+    inputs: Sequence[Path],
+    finish: Callable[[Path], None],
+    flag: str,
+    workers: int | None,
+) -> None:
+    """`stream.py:convert`; what cannot be finished, as the proof failed, is removed: to go on would not mend it.
+
+    Raises:
+        UserError: see there, or raised by `finish`.
+    """
+
+    def finish_or_remove(folder: Path) -> None:
+        try:
+            finish(folder)
+        except UserError:
+            shutil.rmtree(folder)
+            raise
+
+    convert(blocks, source, writer, output, inputs=inputs, finish=finish_or_remove, flag=flag, workers=workers)
 
 
 def _gigabytes(count: int) -> str:

@@ -9,16 +9,15 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_moe.checkpoint.convert.blocks import Block, Box
-from megatron_moe.checkpoint.convert.coverage import check_coverage
 from megatron_moe.checkpoint.convert.describe import CheckpointModel, describe
-from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
+from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.ours_writer import OursWriter
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsSource
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.hf.families.base import Family
 from megatron_moe.checkpoint.hf.families.native import names_in_files
-from megatron_moe.checkpoint.hf.folders import check_room, check_target
+from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
 from megatron_moe.checkpoint.hf.own_code import may_run_code
@@ -26,7 +25,7 @@ from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
 from megatron_moe.checkpoint.hf.usual_names import Files, UsualNames, has_names_of_memory
 from megatron_moe.checkpoint.hf.verify import Proof, exact_names, prove
-from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, UNFINISHED, checkpoint_folder
+from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, checkpoint_folder
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import CheckpointConfig, RunConfig
@@ -73,12 +72,12 @@ class Import:
     tokenizer: Tokenizer
     save: Path
     workers: int | None
-    where: str
-    """The source, for messages."""
+    where: Path
+    """The source's folder."""
 
 
-def open_hf(folder: Path) -> tuple[RunConfig, RenamedSource, list[Block]]:
-    """A Hugging Face folder: the flags of its model, its weights, and where they belong.
+def open_hf(folder: Path) -> tuple[RunConfig, Family, RenamedSource]:
+    """A Hugging Face folder: the flags of its model, its class and its weights.
 
     Raises:
         UserError: its model is not one of ours, or a file is missing or damaged.
@@ -88,7 +87,7 @@ def open_hf(folder: Path) -> tuple[RunConfig, RenamedSource, list[Block]]:
         run, family = run_of(config), family_of(config)
     except UserError as error:
         raise UserError(f"--hf {folder}: {error}") from error
-    return run, open_files(folder, family, run), family.blocks(run)
+    return run, family, open_files(folder, family, run)
 
 
 def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
@@ -118,26 +117,26 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
     """
     folder, save = Path(options.hf), Path(options.save)
     check_target(save, "--save", folder, "--hf")
-    run, source, blocks = open_hf(folder)
+    run, family, source = open_hf(folder)
     config = read_config(folder)
     # Before anything is written.
     remote_code = options.verify and may_run_code(folder, config)
     run = _with_vocabulary_multiple(run, options.make_vocab_size_divisible_by)
     assert run.model.vocab_size is not None
     tokenizer = import_tokenizer(folder, run.model.vocab_size, options.tokenizer)
-    made = _plan(run, source, blocks, tokenizer, save, options.dtype, options.workers, str(folder))
-    check_fills(blocks, source)
-    yield f"{folder}: {family_of(config).architecture} of {len(source.infos)} tensors"
+    # The map depends on the rows that pad the vocabulary.
+    made = _plan(run, source, family.blocks(run), tokenizer, save, options.dtype, options.workers, folder)
     proof: list[Proof] = []
 
     def finish(checkpoint: Path) -> None:
         if options.verify:
-            names = exact_names(blocks, family_of(config).fp32_names(run))
+            names = exact_names(made.blocks, family.fp32_names(run))
             saved = SavedModel(checkpoint, made.run, tokenizer)
             dtype = next(iter(parameters_of_dtype(made.model.infos)))
             proof.append(prove(saved, folder, dtype=dtype, exact_names=names, remote_code=remote_code, debug=debug))
 
     _write(made, finish)
+    yield f"{folder}: {family.architecture} of {len(source.infos)} tensors"
     yield _made(made)
     yield from proof[0].lines() if proof else ["NOT verified (--no-verify)"]
     yield _advice(save)
@@ -167,12 +166,11 @@ def import_foreign(options: ForeignOptions, command: str) -> Iterator[str]:
     else:
         data = DataConfig(tokenizer_type=opened.tokenizer_type, tokenizer_model=str(opened.tokenizer))  # type: ignore[arg-type]
         tokenizer = load_tokenizer(data, run.model.vocab_size)
-    made = _plan(run, opened.source, opened.blocks, tokenizer, save, options.dtype, options.workers, str(folder))
-    check_fills(opened.blocks, opened.source)
+    made = _plan(run, opened.source, opened.blocks, tokenizer, save, options.dtype, options.workers, folder)
+    _write(made, None)
     yield f"{folder}: {len(opened.source.infos)} tensors"
     yield from (f"note: {note}" for note in opened.notes)
     yield from (f"left out: {name}: {reason}" for name, reason in opened.unused.items())
-    _write(made, None)
     yield _made(made)
     yield "every number of every tensor on both sides was placed exactly once"
     yield _advice(save)
@@ -198,7 +196,7 @@ def _plan(
     save: Path,
     dtype: str,
     workers: int | None,
-    where: str,
+    where: Path,
 ) -> Import:
     """The run as it will be saved, after a look at everything that could be wrong."""
     found = next(iter(parameters_of_dtype(source.infos)))
@@ -214,26 +212,31 @@ def _plan(
         checkpoint=CheckpointConfig(save=str(save)),
     )
     model = describe(run)
-    check_coverage(blocks, model.infos, source.infos, theirs_in=where)
     check_room(save, sum(info.nbytes for info in model.infos.values()), "--save")
     return Import(run, source, blocks, model, tokenizer, save, workers, where)
 
 
 def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
-    unfinished = made.save.with_name(made.save.name + UNFINISHED)
-    writer = OursWriter(unfinished, made.model, made.where)
-    writer.prepare()
-    targets = Targets(made.blocks, "ours")
-    for piece in writer.pieces:
-        writer.write(piece, assemble(targets, piece, made.source, made.model.infos[piece.name].dtype))
-    writer.finish()
-    checkpoint = checkpoint_folder(unfinished, _STEP)
-    made.tokenizer.save_to(checkpoint / TOKENIZER_FOLDER)
-    for folder in (checkpoint, unfinished):
-        save_run(made.run, folder / CONFIG_FILE)
-    if finish is not None:
-        finish(checkpoint)
-    unfinished.rename(made.save)
+    unfinished = unfinished_folder(made.save)
+
+    def add_files(folder: Path) -> None:
+        checkpoint = checkpoint_folder(folder, _STEP)
+        made.tokenizer.save_to(checkpoint / TOKENIZER_FOLDER)
+        for place in (checkpoint, folder):
+            save_run(made.run, place / CONFIG_FILE)
+        if finish is not None:
+            finish(checkpoint)
+
+    convert_whole(
+        made.blocks,
+        made.source,
+        OursWriter(unfinished, made.model, made.where.name),
+        made.save,
+        inputs=[made.where],
+        finish=add_files,
+        flag="--save",
+        workers=made.workers,
+    )
 
 
 def _made(made: Import) -> str:

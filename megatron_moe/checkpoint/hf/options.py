@@ -1,6 +1,5 @@
 """Flags of tools/convert_checkpoint.py, a class for each command. No torch here."""
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +29,7 @@ class ExportOptions:
     max_shard_size: str = "5GB"
     """Largest file of weights, as 5GB or 500MiB."""
     workers: int | None = None
-    """Processes that write. Default: the cores of this machine."""
+    """Processes that convert. Default: one for each core, and one alone for a small checkpoint."""
     chat_template: str | None = None
     """File with a jinja template. Default: the tokenizer's own, if it has one."""
     license: str | None = None
@@ -66,12 +65,12 @@ class ImportOptions:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights. auto: as the folder has them."""
     tokenizer: str | None = None
-    """Tokenizer (folder or .model file) instead of the folder's own; none: ids without text."""
+    """Tokenizer (folder or .model file) instead of the folder's own; NullTokenizer: ids without text."""
     make_vocab_size_divisible_by: int | None = None
     """The embedding is padded to a multiple of this; the tensor-parallel size must divide it. Default: 128, or as the
     run had it that the folder was exported from."""
     workers: int | None = None
-    """Processes that write. Default: the cores of this machine."""
+    """Processes that convert. Default: one for each core, and one alone for a small checkpoint."""
     verify: bool = True
     """Compare the logits of the run with those of the folder, which a fresh process loads."""
 
@@ -90,11 +89,11 @@ class ForeignOptions:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the weights. auto: as the checkpoint has them."""
     tokenizer: str | None = None
-    """Tokenizer (folder or .model file) instead of the folder's own; none: ids without text."""
+    """Tokenizer (folder or .model file) instead of the folder's own; NullTokenizer: ids without text."""
     config: str | None = None
     """YAML with sections of flags (model, moe) that the checkpoint does not say, or that go over what it says."""
     workers: int | None = None
-    """Processes that write. Default: the cores of this machine."""
+    """Processes that convert. Default: one for each core, and one alone for a small checkpoint."""
 
     def __post_init__(self) -> None:
         require_positive(self, "workers")
@@ -136,11 +135,3 @@ def byte_count(text: str) -> int:
         raise ConfigError(f"--max-shard-size {text}: must be a size like 5GB or 500MiB")
     power = " KMGT".index(match[2].upper() or " ")
     return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
-
-
-def worker_count(given: int | None) -> int:
-    """--workers after the default is applied."""
-    if given is not None:
-        return given
-    # Not os.cpu_count(): a container or Slurm may have given this process fewer.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -87,13 +87,13 @@ def import_tokenizer(folder: Path, vocab_size: int, given: str | None = None, fl
     Args:
         folder: of the model.
         vocab_size: rows of its embedding.
-        given: a path to use instead, or `none` for ids without text.
+        given: a path to use instead, or `NullTokenizer` for ids without text.
         flag: that named the folder.
 
     Raises:
         UserError: there is none, or it has ids that the embedding has no row for.
     """
-    if given == "none":
+    if given == "NullTokenizer":
         return NullTokenizer(vocab_size)
     path, flag = (folder, flag) if given is None else (Path(given), "--tokenizer")
     if given is None and (folder / TOKENIZER_FOLDER).is_dir():
@@ -101,7 +101,7 @@ def import_tokenizer(folder: Path, vocab_size: int, given: str | None = None, fl
     elif given is None and not any((folder / name).is_file() for name in FILES if name != "config.json"):
         raise UserError(
             f"{flag} {folder}: holds no tokenizer (tokenizer.json or tokenizer.model is missing); give one with "
-            "--tokenizer PATH, or --tokenizer none for ids without text"
+            "--tokenizer PATH, or --tokenizer NullTokenizer for ids without text"
         )
     tokenizer = open_tokenizer(path, flag)
     if tokenizer.vocab_size > vocab_size:

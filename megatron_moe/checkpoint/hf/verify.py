@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.hf.texts import proof_ids
+from megatron_moe.checkpoint.layout import UNFINISHED
 from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.inference.saved_model import SavedModel
@@ -104,7 +105,8 @@ def prove(
         # One model in memory at a time.
         gc.collect()
         answer = _ask(folder, ids, domains, logits, dtype, remote_code, Path(scratch), debug)
-    return _judge(answer, folder, dtype, tolerance)
+    # While it is written it has another name.
+    return _judge(answer, str(folder).removesuffix(UNFINISHED), dtype, tolerance)
 
 
 def exact_names(blocks: Iterable[Block], fp32_names: Collection[str]) -> frozenset[str]:
@@ -184,7 +186,7 @@ def _ask(
     return found
 
 
-def _judge(answer: dict[str, Any], folder: Path, dtype: str, tolerance: float) -> Proof:
+def _judge(answer: dict[str, Any], folder: str, dtype: str, tolerance: float) -> Proof:
     if "error" in answer:
         raise UserError(f"verify {folder}: transformers cannot load it: {answer['error']}")
     for name in _KEYS:

@@ -136,7 +136,7 @@ def test_import_refuses_what_does_not_fit(sentence_piece: SentencePieceTokenizer
     folder = folder_of("mixtral", tmp_path / "m")
     with pytest.raises(UserError, match=r"--hf .*m: holds no tokenizer .*--tokenizer PATH"):
         import_tokenizer(folder, 860)
-    assert import_tokenizer(folder, 860, "none").vocab_size == 860
+    assert import_tokenizer(folder, 860, "NullTokenizer").vocab_size == 860
     export_tokenizer(sentence_piece, folder, CONTEXT)
     with pytest.raises(UserError, match=r"has 860 ids, but the model's embedding has 859 rows"):
         import_tokenizer(folder, 859)
