@@ -68,6 +68,11 @@ def find_checkpoint(run_dir: str | Path) -> Path:
     return checkpoint_folder(run_dir, iteration)
 
 
+def is_hugging_face(folder: str | Path) -> bool:
+    """Whether a folder holds a model of Hugging Face's and no run of ours."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / LATEST_FILE).exists()
+
+
 def publish(unfinished: Path, iteration: int) -> Path:
     """Make a finished checkpoint visible: rename it, then point the latest-file at it."""
     run_dir = unfinished.parent

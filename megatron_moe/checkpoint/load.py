@@ -10,57 +10,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_moe.checkpoint import safe_reader
 from megatron_moe.checkpoint.in_place import keep_in_place
-from megatron_moe.checkpoint.layout import CONFIG_FILE, WEIGHTS_ONLY, find_checkpoint
+from megatron_moe.checkpoint.layout import CONFIG_FILE, WEIGHTS_ONLY, find_checkpoint, is_hugging_face
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
+from megatron_moe.checkpoint.same_model import check_same_model
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
 from megatron_moe.checkpoint.torch_metadata import read_metadata
-from megatron_moe.config.base import UserError, flag_name, format_value
+from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.yaml_io import load_saved_run
 from megatron_moe.model.parameters import count_parameters
-from megatron_moe.moe.layout import expert_layout
 from megatron_moe.runtime import replace
 from megatron_moe.runtime.seeds import restore_states, set_seeds
 
-# What may differ between a checkpoint and the run that loads it: it changes no weight's shape or meaning.
-FREE_MODEL_FLAGS = frozenset(
-    {
-        "seq_length",
-        "max_position_embeddings",
-        "attention_dropout",
-        "hidden_dropout",
-        "init_method_std",
-        "attention_backend",
-        # Of training only.
-        "attention_weight_reuse_prob",
-        "attention_weight_reuse_span",
-    }
-)
-# Flags with a default that depends on others: what they come to is compared.
-RESOLVED_MODEL_FLAGS = {"ffn_hidden_size": "ffn_size", "num_query_groups": "query_groups", "kv_channels": "head_dim"}
 # torch's own is no `Exception`, so that nothing catches it by chance.
 DAMAGE = (Exception, CheckpointException)
-SHAPE_MOE_FLAGS = (
-    "mlp_type",
-    "residual_combine",
-    "router",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_enable_expert_bias",
-)
-
-SHAPE_ROUTING_FLAGS = (
-    "router_margin_scale",
-    "router_map",
-    "router_domain_shares",
-    "router_embedding_size",
-    "router_embedding_shared",
-)
 
 
 def load_model(model: list[Any], folder: Path) -> None:
@@ -82,6 +44,12 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
         UserError: there is no checkpoint, or it is damaged, or of another model.
     """
     assert run.checkpoint.load is not None
+    if is_hugging_face(run.checkpoint.load):
+        from megatron_moe.checkpoint.hf.loading import load_weights
+
+        load_weights(run, model, Path(run.checkpoint.load))
+        optimizer.reload_model_params()
+        return Progress()
     folder = find_checkpoint(run.checkpoint.load)
     check_same_model(run, folder)
     if run.checkpoint.finetune:
@@ -118,40 +86,6 @@ def load_checkpoint(run: RunConfig, model: list[Any], optimizer: Any, scheduler:
     return saved
 
 
-def check_same_model(run: RunConfig, folder: Path) -> None:
-    """Compare the model's flags with those the checkpoint was written with.
-
-    Raises:
-        UserError: the first flag that differs, both values.
-    """
-    saved = load_saved_run(folder / CONFIG_FILE)
-    pairs = [
-        (name, getattr(saved.model, name), getattr(run.model, name))
-        for name in vars(saved.model)
-        if name not in FREE_MODEL_FLAGS and name not in RESOLVED_MODEL_FLAGS
-    ]
-    pairs += [(name, getattr(saved.moe, name), getattr(run.moe, name)) for name in SHAPE_MOE_FLAGS]
-    pairs += [(name, getattr(saved.routing, name), getattr(run.routing, name)) for name in SHAPE_ROUTING_FLAGS]
-    pairs += [
-        ("num_experts", expert_layout(saved).experts_per_layer, expert_layout(run).experts_per_layer),
-        ("moe_ffn_hidden_size", saved.expert_ffn_size, run.expert_ffn_size),
-        ("moe_router_pre_softmax", saved.moe.pre_softmax, run.moe.pre_softmax),
-    ]
-    # Defaults that follow from other flags come after those.
-    pairs += [
-        (name, getattr(saved.model, resolved), getattr(run.model, resolved))
-        for name, resolved in RESOLVED_MODEL_FLAGS.items()
-    ]
-    if run.model.position_embedding_type == "learned_absolute":
-        pairs.append(("max_position_embeddings", saved.model.max_positions, run.model.max_positions))
-    for name, theirs, ours in pairs:
-        if theirs != ours:
-            raise UserError(
-                f"{flag_name(name)} {format_value(ours)}: the checkpoint {folder} was written with "
-                f"{format_value(theirs)}; give the same, or another --load"
-            )
-
-
 def check_stored_size(run: RunConfig, folder: Path) -> None:
     """Before a model is built from the flags that stand in a checkpoint: refuse one larger than what is stored there.
 
@@ -176,9 +110,12 @@ def _common_state(folder: Path) -> dict[str, Any]:
     replace.apply(safe_reader.REPLACEMENTS)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        if WEIGHTS_ONLY in common:
-            origin = str(common[WEIGHTS_ONLY])[:200]
-            raise UserError(f"--load {folder.parent}: holds weights only, converted from {origin}; give --finetune")
+    except DAMAGE as error:
+        raise _damaged(folder, "cannot read its common state", error) from error
+    if WEIGHTS_ONLY in common:
+        origin = str(common[WEIGHTS_ONLY])[:200]
+        raise UserError(f"--load {folder.parent}: holds weights only, converted from {origin}; give --finetune")
+    try:
         # Asked for here, so that a checkpoint without them is named as damaged and not met later.
         return {key: common[key] for key in ("progress", "scheduler", "optimizer_common")}
     except DAMAGE as error:

@@ -23,7 +23,15 @@ def check_same_tokenizer(data: DataConfig, tokenizer: Tokenizer, checkpoint: Pat
         UserError: an id stands for another piece, or there are more or fewer of them, or the checkpoint has none.
     """
     folder = checkpoint / TOKENIZER_FOLDER
-    saved = load_saved_tokenizer(folder)
+    compare_tokenizers(data, tokenizer, load_saved_tokenizer(folder), folder)
+
+
+def compare_tokenizers(data: DataConfig, tokenizer: Tokenizer, saved: Tokenizer, folder: Path) -> None:
+    """Compare a run's tokenizer with another one, which lies in `folder`.
+
+    Raises:
+        UserError: an id stands for another piece, or there are more or fewer of them.
+    """
     if saved.fingerprint == tokenizer.fingerprint:
         return
     flag = "--tokenizer-type NullTokenizer"

@@ -136,8 +136,8 @@ REFUSED: dict[str, str] = {
     "--override-opt_param-scheduler": _SCHEDULE,
     "--override-opt-param-scheduler": _SCHEDULE,
     "--exit-interval": "use --train-iters",
-    "--pretrained-model-name-or-path": "convert the checkpoint with tools/convert_checkpoint, then "
-    "use --load DIR --finetune",
+    "--pretrained-model-name-or-path": "use --load DIR --finetune with a run's folder or one of Hugging "
+    "Face; tools/convert_checkpoint.py makes a run of others",
     "--use-dist-ckpt": _ALWAYS,
     "--use-checkpoint-args": "use --config RUN/config.yaml",
     "--ckpt-format": _ALWAYS,

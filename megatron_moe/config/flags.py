@@ -46,13 +46,17 @@ class ServeOptions:
     """Show a traceback with an error message."""
 
 
-def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[RunConfig, LaunchOptions]:
+def parse_run(
+    argv: Sequence[str], *, prog: str, description: str, loaded: Callable[[Values], Values] | None = None
+) -> tuple[RunConfig, LaunchOptions]:
     """The run and the launch options that a training command line describes.
 
     Args:
         argv: the words after the program's name.
         prog: the program as the user types it, `python -m megatron_moe.pretrain`.
         description: one line for --help.
+        loaded: what the checkpoint that is loaded says of itself, asked with all that the user says; defaults give
+            way to it.
 
     Raises:
         ConfigError: a flag, a value, a file or a combination is wrong.
@@ -71,7 +75,9 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[RunC
         layers.append(load_values(start.config, sections))
     if launch.world_size is not None and not (launch.dry_run and launch.world_size >= 1):
         raise ConfigError(f"--world-size {launch.world_size}: must be at least 1, and only goes with --dry-run")
-    return build_run(*layers, given), launch
+    layers.append(given)
+    said = {name: {key: value for layer in layers for key, value in layer.get(name, {}).items()} for name in sections}
+    return build_run({} if loaded is None else loaded(said), *layers), launch
 
 
 def parse_sections(

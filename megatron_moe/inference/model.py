@@ -18,6 +18,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.random import _MODEL_PARALLEL_RNG_TRACKER_NAME, get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_moe.checkpoint.layout import is_hugging_face
 from megatron_moe.checkpoint.load import check_stored_size, load_model
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.parallel import ParallelConfig
@@ -70,9 +71,15 @@ def load_saved(saved: SavedModel) -> "InferenceModel":
         # (transformer/dot_product_attention.py:DotProductAttention.forward).
         generators.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, saved.run.training.seed)
     # Without an interleaved pipeline a rank holds one chunk.
-    check_stored_size(saved.run, saved.folder)
-    chunks: list[Any] = build_model(saved.run, inference=True, initialize=False)
-    load_model(chunks, saved.folder)
+    if is_hugging_face(saved.folder):
+        from megatron_moe.checkpoint.hf.loading import load_weights
+
+        chunks: list[Any] = build_model(saved.run, inference=True, initialize=False)
+        load_weights(saved.run, chunks, saved.folder)
+    else:
+        check_stored_size(saved.run, saved.folder)
+        chunks = build_model(saved.run, inference=True, initialize=False)
+        load_model(chunks, saved.folder)
     return InferenceModel(saved, chunks[0].eval())
 
 

@@ -10,7 +10,8 @@ class LoadOptions:
     """Which weights are used, and in which precision."""
 
     load: str
-    """A run's directory (its --save). The checkpoint may have been written under any parallel layout."""
+    """A run's directory (its --save), whose checkpoint may have been written under any parallel layout, or a folder of
+    Hugging Face."""
     iteration: int | None = None
     """Step of the checkpoint. Default: the latest."""
     eval_fp32: bool = False

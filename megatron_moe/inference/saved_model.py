@@ -4,7 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, checkpoint_folder, find_checkpoint
+from megatron_moe.checkpoint.layout import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    checkpoint_folder,
+    find_checkpoint,
+    is_hugging_face,
+)
 from megatron_moe.config.base import ConfigError, UserError, flag_name, format_value
 from megatron_moe.config.optimizer import OptimizerConfig
 from megatron_moe.config.parallel import ParallelConfig
@@ -31,7 +37,7 @@ class SavedModel:
     """A checkpoint that can be loaded."""
 
     folder: Path
-    """The checkpoint, `RUN/iter_0000100`."""
+    """The checkpoint, `RUN/iter_0000100`, or a folder of Hugging Face."""
     run: RunConfig
     """The model's flags as it was trained, with the parallel sizes and the precision to load it with."""
     tokenizer: Tokenizer
@@ -67,10 +73,24 @@ def open_checkpoint(options: LoadOptions, parallel: ParallelConfig, world_size: 
             value = getattr(parallel, name)
             shown = "" if value is True else f" {format_value(value)}"
             raise ConfigError(f"{flag_name(name)}{shown}: is for training only; leave it out here")
+    if is_hugging_face(options.load):
+        return _open_hugging_face(options, parallel, world_size)
     folder = _choose_folder(options)
     run = _inference_run(load_saved_run(folder / CONFIG_FILE), parallel, options.eval_fp32)
     _validate(run, world_size)
     return SavedModel(folder, run, load_saved_tokenizer(folder / TOKENIZER_FOLDER))
+
+
+def _open_hugging_face(options: LoadOptions, parallel: ParallelConfig, world_size: int) -> SavedModel:
+    from megatron_moe.checkpoint.hf.loading import in_its_precision, model_of, tokenizer_of
+
+    folder = Path(options.load)
+    if options.iteration is not None:
+        raise ConfigError(f"--iteration {options.iteration}: {folder} is a Hugging Face checkpoint, which has no steps")
+    saved = model_of(folder)
+    run = _inference_run(in_its_precision(saved, folder), parallel, options.eval_fp32)
+    _validate(run, world_size)
+    return SavedModel(folder, run, tokenizer_of(folder, saved))
 
 
 def _choose_folder(options: LoadOptions) -> Path:

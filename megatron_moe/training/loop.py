@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_moe.checkpoint.layout import find_checkpoint, latest_iteration
+from megatron_moe.checkpoint.layout import find_checkpoint, is_hugging_face, latest_iteration
 from megatron_moe.checkpoint.load import load_checkpoint
 from megatron_moe.checkpoint.same_tokenizer import check_same_tokenizer
 from megatron_moe.checkpoint.save import save_checkpoint
@@ -80,7 +80,7 @@ class Trainer:
         resume = _resume_from(run)
         _check_save_folder(run, resume)
         if resume:
-            check_same_tokenizer(run.data, tokenizer, find_checkpoint(run.checkpoint.load or ""))
+            _check_tokenizer(run, tokenizer)
         # Data before the model: a wrong path is found in a second, not after the weights are drawn.
         datasets = build_datasets(run, tokenizer, train=True, valid=run.training.eval_interval > 0)
         run = with_domain_names(run, _present(datasets.train))
@@ -322,6 +322,17 @@ def _resume_from(run: RunConfig) -> bool:
     """Whether there is something to load. --load naming the run's own, still empty folder starts afresh."""
     folder = run.checkpoint.load
     return folder is not None and not (_loads_its_own(run) and latest_iteration(folder) is None)
+
+
+def _check_tokenizer(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer with that of what is loaded."""
+    folder = run.checkpoint.load or ""
+    if is_hugging_face(folder):
+        from megatron_moe.checkpoint.hf.loading import check_tokenizer
+
+        check_tokenizer(run.data, tokenizer, Path(folder))
+    else:
+        check_same_tokenizer(run.data, tokenizer, find_checkpoint(folder))
 
 
 def _loads_its_own(run: RunConfig) -> bool:
