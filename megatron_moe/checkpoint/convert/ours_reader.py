@@ -37,15 +37,20 @@ class _Chunks:
 class OursSource:
     """The model's tensors in a checkpoint folder (`RUN/iter_0000100`), layers always in their names.
 
+    Args:
+        folder: the checkpoint.
+        ours: whether to refuse what only checkpoints of another program hold.
+
     Raises:
         UserError: the checkpoint is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        # Not at the top: the processes that read tensors need no megatron-core, which takes seconds to import.
-        from megatron_moe.checkpoint.safe_reader import check_folder
+    def __init__(self, folder: Path, *, ours: bool = True) -> None:
+        if ours:
+            # Not at the top: the processes that read tensors need no megatron-core, which takes seconds to import.
+            from megatron_moe.checkpoint.safe_reader import check_folder
 
-        check_folder(folder)
+            check_folder(folder)
         metadata = read_metadata(folder)
         self._files = Files(folder)
         self._stored: dict[str, _Chunks] = {}

@@ -24,7 +24,7 @@ from megatron_moe.checkpoint.foreign.classic import (
     rank_state,
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
-from megatron_moe.checkpoint.foreign.model import ForeignModel, merged
+from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
@@ -72,7 +72,7 @@ def open_deepspeed(folder: Path, flags: Values | None = None) -> ForeignModel:
         source=source,
         blocks=blocks,
         notes=notes,
-        unused=unused | {key: "of training" for key in tree if key != "module"},
+        unused=compact(unused | {key: "of training" for key in tree if key != "module"}),
     )
 
 

@@ -1,12 +1,17 @@
 """What a checkpoint of another program is to us: flags, weights, and where each of them belongs."""
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.convert.blocks import Block
-from megatron_moe.checkpoint.convert.tensors import TensorSource
+from torch import Tensor
+
+from megatron_moe.checkpoint.convert.blocks import Block, Box
+from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
+from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import Values
 
 
@@ -28,6 +33,48 @@ class ForeignModel:
     """What differs in training, and what the user should know: a sentence each."""
     unused: Mapping[str, str] = field(default_factory=dict)
     """What the checkpoint holds besides, by name: why it is not needed."""
+
+
+class Selected:
+    """A `TensorSource` of some tensors of another."""
+
+    def __init__(self, source: TensorSource, infos: Mapping[str, TensorInfo]) -> None:
+        self._source, self.infos = source, dict(infos)
+
+    def read(self, box: Box) -> Tensor:
+        """A part of a tensor.
+
+        Raises:
+            UserError: a file is damaged or has gone, or a weight is not finite.
+        """
+        tensor = self._source.read(box)
+        check_finite(tensor, box.name)
+        return tensor
+
+
+def check_finite(tensor: Tensor, name: str, path: Path | None = None) -> None:
+    """A weight that overflowed makes every logit NaN; better said here than found out later.
+
+    Raises:
+        UserError: names the tensor, and the file if it is known.
+    """
+    if tensor.is_floating_point() and (wrong := int((~tensor.isfinite()).sum())):
+        where = "" if path is None else f"{path}: "
+        raise UserError(
+            f"{where}{name} holds {wrong} numbers that are inf or NaN; the run that wrote it had failed, take an "
+            "earlier checkpoint of it"
+        )
+
+
+def compact(unused: Mapping[str, str]) -> dict[str, str]:
+    """The same, with names that differ in numbers only as one: `layers.*.mlp.dense.bias (24 of them)`."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, reason in unused.items():
+        groups[re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", name), reason].append(name)
+    return {
+        names[0] if len(names) == 1 else f"{pattern} ({len(names)} of them)": reason
+        for (pattern, reason), names in groups.items()
+    }
 
 
 def merged(*layers: Values) -> Values:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.convert.blocks import Box
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
+from megatron_moe.checkpoint.foreign.model import check_finite
 from megatron_moe.checkpoint.foreign.torch_file import StoredTensor
 from megatron_moe.config.base import UserError
 
@@ -102,19 +103,6 @@ class RankedSource:
                     f"{most:.2g}; the ranks had drifted apart, or the files are not of one checkpoint"
                 )
         return tensor
-
-
-def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """A weight that overflowed makes every logit NaN; better said here than found out later.
-
-    Raises:
-        UserError: names the tensor.
-    """
-    if tensor.is_floating_point() and (wrong := int((~tensor.isfinite()).sum())):
-        raise UserError(
-            f"{path}: {name} holds {wrong} numbers that are inf or NaN; the run that wrote it had failed, take an "
-            "earlier checkpoint of it"
-        )
 
 
 def _text(piece: StoredTensor) -> str:

@@ -6,16 +6,18 @@ refused by its name. Tensors keep their place in the file; the checksum of a sto
 """
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from megatron_moe.checkpoint.safe_archive import FileSlice
 from megatron_moe.checkpoint.safe_pickle import Persistent, Record, Reference, read_pickle
 from megatron_moe.config.base import UserError
 
@@ -160,15 +162,20 @@ class StoredTensor:
         return flat.as_strided(tuple(size), self.stride).clone(memory_format=torch.contiguous_format)
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, offset: int = 0, length: int | None = None) -> Any:
     """What a file of `torch.save` holds: dicts, lists and values, with a `StoredTensor` for every tensor; namespaces
     and ordered dicts are dicts, other objects are `Record`s.
+
+    Args:
+        path: the file.
+        offset: where in it the archive begins.
+        length: of the archive. Default: to the end.
 
     Raises:
         UserError: there is no such file, it is damaged, or names what no checkpoint of a model needs.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(_part(stream, offset, length)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
             if len(pickles) != 1:
@@ -184,7 +191,11 @@ def read_torch_file(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path}: {_why_no_archive(path)}") from error
-    return _Builder(path, root, entries).plain(read_pickle(content, _Names(), str(path)))
+    return _Builder(path, offset, root, entries).plain(read_pickle(content, _Names(), str(path)))
+
+
+def _part(stream: BinaryIO, offset: int, length: int | None) -> FileSlice:
+    return FileSlice(stream, offset, os.fstat(stream.fileno()).st_size - offset if length is None else length)
 
 
 def _why_no_archive(path: Path) -> str:
@@ -201,8 +212,8 @@ def _why_no_archive(path: Path) -> str:
 class _Builder:
     """Makes plain values and `StoredTensor`s of records."""
 
-    def __init__(self, path: Path, root: str, entries: dict[str, zipfile.ZipInfo]) -> None:
-        self._path, self._root, self._entries = path, root, entries
+    def __init__(self, path: Path, offset: int, root: str, entries: dict[str, zipfile.ZipInfo]) -> None:
+        self._path, self._offset, self._root, self._entries = path, offset, root, entries
 
     def plain(self, value: Any, depth: int = 0) -> Any:
         """The value with every tensor's record replaced."""
@@ -246,7 +257,7 @@ class _Builder:
         held = entry.file_size // dtype.itemsize
         if numel > held or last >= max(held, 1):
             raise self._damaged(f"a tensor of shape {shape} takes more bytes than are there")
-        storage = Storage(self._path, entry.header_offset, entry.file_size, entry.CRC)
+        storage = Storage(self._path, self._offset + entry.header_offset, entry.file_size, entry.CRC)
         return StoredTensor(storage, dtype, tuple(shape), tuple(stride), offset)
 
     def _damaged(self, reason: str) -> UserError:
