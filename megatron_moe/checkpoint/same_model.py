@@ -1,11 +1,12 @@
 """Refuses to load weights into another model than they are of: compares the flags that make it."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_moe.checkpoint.layout import CONFIG_FILE
 from megatron_moe.config.base import ConfigError, flag_name, format_value
 from megatron_moe.config.run import RunConfig
-from megatron_moe.config.yaml_io import load_saved_run
+from megatron_moe.config.yaml_io import Values, load_saved_run
 from megatron_moe.moe.layout import expert_layout
 
 # What may differ between a checkpoint and the run that loads it: it changes no weight's shape or meaning.
@@ -88,8 +89,23 @@ def compare_models(run: RunConfig, saved: RunConfig, other: str, free: frozenset
     if run.model.position_embedding_type == "learned_absolute":
         pairs.append(("max_position_embeddings", saved.model.max_positions, run.model.max_positions))
     for name, theirs, ours in pairs:
-        if theirs != ours:
-            raise ConfigError(
-                f"{flag_name(name)} {format_value(ours)}: {other} {format_value(theirs)}; give the same, or another "
-                "--load"
-            )
+        _compare(name, theirs, ours, other)
+
+
+def compare_given(given: Values, saved: RunConfig, other: str, free: frozenset[str]) -> None:
+    """Compare flags by themselves, before the others are known without which they make no model.
+
+    Raises:
+        ConfigError: the first flag that differs, both values.
+    """
+    for section, names in (("model", vars(saved.model)), ("moe", SHAPE_MOE_FLAGS), ("routing", SHAPE_ROUTING_FLAGS)):
+        for name, ours in given.get(section, {}).items():
+            if name in names and name not in free and name not in RESOLVED_MODEL_FLAGS:
+                _compare(name, getattr(getattr(saved, section), name), ours, other)
+
+
+def _compare(name: str, theirs: Any, ours: Any, other: str) -> None:
+    if theirs != ours:
+        raise ConfigError(
+            f"{flag_name(name)} {format_value(ours)}: {other} {format_value(theirs)}; give the same, or another --load"
+        )

@@ -28,7 +28,7 @@ from megatron_moe.checkpoint.hf.own_flags import NOT_WRITTEN, SECTIONS
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
 from megatron_moe.checkpoint.layout import TOKENIZER_FOLDER
-from megatron_moe.checkpoint.same_model import FREE_MODEL_FLAGS, compare_models
+from megatron_moe.checkpoint.same_model import FREE_MODEL_FLAGS, compare_given, compare_models
 from megatron_moe.checkpoint.same_tokenizer import compare_tokenizers
 from megatron_moe.config.base import ConfigError, UserError
 from megatron_moe.config.data import DataConfig
@@ -68,6 +68,7 @@ def flags_of(folder: Path, given: Values) -> Values:
     data = given.get("data", {})
     if "tokenizer_model" not in data and "tokenizer_type" not in data:
         found["data"] = _tokenizer_flags(folder, saved)
+    compare_given(given, saved, f"config.json of {folder} says", FREE)
     compare_models(build_run(found, given), saved, f"config.json of {folder} says", FREE)
     open_weights(saved, folder)
     return found

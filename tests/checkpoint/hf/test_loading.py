@@ -281,7 +281,7 @@ def break_reading_on_rank_one() -> None:
         raise UserError(f"{box.name}: cut short while it was read")
 
     if os.environ["RANK"] == "1":
-        SafetensorsSource.read_into = broken  # type: ignore[method-assign]
+        SafetensorsSource.read_into = broken  # type: ignore[method-assign, assignment]
 
 
 def test_what_one_rank_cannot_read_ends_all(moe: Given) -> None:
