@@ -27,12 +27,14 @@ def main(argv: Sequence[str], doc: str) -> None:
         doc: what --help shows without a command.
 
     Raises:
+        SystemExit: help was asked for.
         UserError: a flag, a file or the proof is wrong.
     """
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(doc.strip())
-        return
+        # As argparse leaves after --help.
+        raise SystemExit(0)
     command, *rest = words
     if command not in COMMANDS:
         near = nearest(command, COMMANDS)

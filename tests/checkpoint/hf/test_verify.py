@@ -1,0 +1,153 @@
+"""The proof finds what is wrong: another number, a key too few or too many, code that is not ours."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_moe.checkpoint.hf import verify
+from megatron_moe.checkpoint.hf.fresh_process import measure
+from megatron_moe.checkpoint.hf.own_code import may_run_code
+from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, copy_code
+from megatron_moe.checkpoint.hf.verify import _judge
+from megatron_moe.config.base import UserError
+from tests.helpers.converting import converted
+
+IDS = [[1, 5, 9, 33, 800, 2, 7], [4, 4, 8]]
+
+
+def answer_about(folder: Path, logits: list[str], dtype: str = "float32") -> dict[str, Any]:
+    """What the fresh process would answer, asked here: transformers takes seconds to import."""
+    request = {
+        "folder": str(folder),
+        "remote_code": False,
+        "ids": IDS,
+        "domains": None,
+        "logits": logits,
+        "dtype": dtype,
+        "threads": 1,
+        "debug": True,
+    }
+    return measure(request)
+
+
+@pytest.fixture(scope="module")
+def logits(exported: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of the exported folder itself, as those of our model."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("logits")
+    model = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32)
+    paths = []
+    for row, ids in enumerate(IDS):
+        path = folder / f"{row}.npy"
+        np.save(path, model(input_ids=torch.tensor([ids])).logits[0].detach().numpy())
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def copy(exported: tuple[Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported[0], tmp_path / "hf"))
+
+
+def judged(answer: dict[str, Any], dtype: str = "float32") -> Any:
+    return _judge(answer, "hf", dtype, 1e-4)
+
+
+def test_the_same_model_is_at_no_distance(exported: tuple[Path, str], logits: list[str]) -> None:
+    proof = judged(answer_about(exported[0], logits))
+    assert proof.max_difference < 1e-5
+    assert proof.same_top == 1.0
+    assert proof.tokens == 10
+    assert proof.model_class == "MixtralForCausalLM"
+
+
+def test_rounding_is_seen(exported: tuple[Path, str], logits: list[str]) -> None:
+    with pytest.raises(UserError, match=r"verify hf: logits differ by up to .* at most 1e-04 is allowed"):
+        judged(answer_about(exported[0], logits, "bfloat16"))
+
+
+def test_one_expert_of_another_layer_is_seen(copy: Path, logits: list[str]) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    names = [f"model.layers.{layer}.block_sparse_moe.experts.2.w2.weight" for layer in (0, 1)]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]].clone(), tensors[names[0]].clone()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"logits differ by up to"):
+        judged(answer_about(copy, logits))
+
+
+def test_missing_and_unexpected_keys(copy: Path, logits: list[str]) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    moved = tensors.pop("model.norm.weight")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight is needed by the class but not in the folder"):
+        judged(answer_about(copy, logits))
+    # Both: what is missing comes first, though the names are alike.
+    save_file(tensors | {"model.norm2.weight": moved}, copy / "model.safetensors", metadata={"format": "pt"})
+    answer = answer_about(copy, logits)
+    assert answer["unexpected_keys"] == ["model.norm2.weight"]
+    with pytest.raises(UserError, match=r"model\.norm2\.weight is in the folder but not read by the class"):
+        judged(answer | {"missing_keys": []})
+
+
+def test_answers_that_are_no_proof() -> None:
+    row = {"tokens": 1, "finite": True, "max": 0.0, "mean": 0.0, "largest_logit": 1.0, "kl": 0.0, "same_top": 1.0}
+    answer: dict[str, Any] = {
+        "class": "X",
+        "versions": {"torch": "2", "transformers": "5"},
+        "missing_keys": [],
+        "unexpected_keys": [],
+        "mismatched_keys": [],
+        "rows": [row],
+    }
+    assert judged(answer).max_difference == 0.0
+    with pytest.raises(UserError, match="logits differ"):
+        judged(answer | {"rows": [row, row | {"max": float("nan")}]})
+    with pytest.raises(UserError, match=r"some logits are not finite; the weights overflow in float16"):
+        judged(answer | {"rows": [row | {"finite": False}]}, "float16")
+    with pytest.raises(UserError, match=r"logits have the shape \[1, 9\], those of our model \[1, 8\]"):
+        judged(answer | {"rows": [{"shapes": [[1, 8], [1, 9]]}]})
+    with pytest.raises(UserError, match=r"has another shape than the class needs \(and 1 others\)"):
+        judged(answer | {"mismatched_keys": ["a", "b"]})
+    with pytest.raises(UserError, match="transformers cannot load it: ValueError: no"):
+        judged({"error": "ValueError: no"})
+
+
+def test_fresh_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(verify, "_SCRIPT", script)
+    with pytest.raises(UserError, match=r"the process that loads it failed \(killed: out of memory\?\)"):
+        verify._ask(tmp_path, IDS, None, [], "float32", False, tmp_path, False)
+
+
+def test_command(mixtral_run: Path, exported: tuple[Path, str]) -> None:
+    printed = converted("verify", "--load", mixtral_run, "--hf", exported[0])
+    assert "41 tensors of" in printed
+    assert "hold the same numbers" in printed
+    assert "0 missing, 0 unexpected, 0 mismatched keys" in printed
+
+
+def test_code_of_others_is_not_run(tmp_path: Path) -> None:
+    config = {"model_type": "megatron_moe", "auto_map": dict(AUTO_MAP)}
+    assert not may_run_code(tmp_path, {"model_type": "mixtral", "auto_map": {"AutoModel": "evil.Model"}})
+    with pytest.raises(UserError, match=r"configuration_megatron_moe\.py is missing"):
+        may_run_code(tmp_path, config)
+    copy_code(tmp_path)
+    assert may_run_code(tmp_path, config)
+    with pytest.raises(UserError, match=r"auto_map of config\.json is not the one of this version"):
+        may_run_code(tmp_path, config | {"auto_map": {**AUTO_MAP, "AutoModel": "other.Model"}})
+    path = tmp_path / CODE_FILES[1]
+    path.write_text(path.read_text() + "\nprint()\n")
+    with pytest.raises(UserError, match=r"modeling_megatron_moe\.py is not the code of this version, and is not run"):
+        may_run_code(tmp_path, config)
+    copy_code(tmp_path)
+    (tmp_path / "more.py").write_text("")
+    with pytest.raises(UserError, match=r"more\.py is not the code of this version"):
+        may_run_code(tmp_path, json.loads(json.dumps(config)))
