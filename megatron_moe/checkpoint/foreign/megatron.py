@@ -82,6 +82,7 @@ def open_megatron(folder: Path, flags: Values | None = None) -> ForeignModel:
     unused |= dict.fromkeys(set(stored.infos) - set(kept), "follows from the flags, or is for training in FP8")
     if _OUTPUT in kept and not run.model.untie_embeddings_and_output_weights:
         raise UserError(f"{folder}: holds {_OUTPUT}, though untie_embeddings_and_output_weights is False")
+    _check_depth(run, kept, folder)
     blocks = megatron_blocks(run, kept, folder)
     check_side(blocks, "theirs", kept, str(folder))
     return ForeignModel(
@@ -129,6 +130,14 @@ def megatron_blocks(run: RunConfig, infos: Mapping[str, TensorInfo], folder: Pat
                 box = Box(box.name, start, box.size)
             blocks.append(Block(box, whole(name, info.shape)))
     return blocks
+
+
+def _check_depth(run: RunConfig, infos: Mapping[str, TensorInfo], folder: Path) -> None:
+    depth = len({match[1] for name in infos if (match := _LAYER.fullmatch(name))})
+    if depth != run.model.num_layers:
+        raise UserError(f"{folder}: num_layers {run.model.num_layers}, but the weights are of {depth} layers")
+    if run.model.untie_embeddings_and_output_weights and _OUTPUT not in infos:
+        raise UserError(f"{folder}: lacks {_OUTPUT}, though untie_embeddings_and_output_weights is True")
 
 
 def _unknown(name: str, folder: Path) -> UserError:

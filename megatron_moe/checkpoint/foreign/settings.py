@@ -107,7 +107,7 @@ class Settings:
             UserError: the value is another.
         """
         if self.get(name) is not None and self.get(name) not in legal:
-            raise self.refuse(name, f"{' or '.join(map(repr, legal))}; {why}")
+            raise self.refuse(name, f"{' or '.join(map(repr, legal)) or 'left out'}; {why}")
 
 
 def experts_by_layer(counts: tuple[int, ...], num_layers: int, interval: int, refuse: UserError) -> dict[str, Any]:
