@@ -133,7 +133,17 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
             names = exact_names(made.blocks, family.fp32_names(run))
             saved = SavedModel(checkpoint, made.run, tokenizer)
             dtype = next(iter(parameters_of_dtype(made.model.infos)))
-            proof.append(prove(saved, folder, dtype=dtype, exact_names=names, remote_code=remote_code, debug=debug))
+            proof.append(
+                prove(
+                    saved,
+                    folder,
+                    dtype=dtype,
+                    exact_names=names,
+                    left_out=lambda key: not names_in_files(family, run, [key]),
+                    remote_code=remote_code,
+                    debug=debug,
+                )
+            )
 
     _write(made, finish)
     yield f"{folder}: {family.architecture} of {len(source.infos)} tensors"

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def prove(
     *,
     dtype: str,
     exact_names: frozenset[str] = frozenset(),
-    left_out: frozenset[str] = frozenset(),
+    left_out: Callable[[str], bool] = lambda key: False,
     remote_code: bool = False,
     tolerance: float = TOLERANCE,
     debug: bool = False,
@@ -87,7 +87,7 @@ def prove(
         folder: of theirs.
         dtype: such as `bfloat16`; both sides' weights are rounded to it, where they are finer.
         exact_names: our parameters that are not.
-        left_out: names in the folder's files that are no weights of the class (`native.py:names_in_files`).
+        left_out: whether what lies in the folder is known to be no weight of the class (`native.py:names_in_files`).
         remote_code: whether the folder's own code may run; only for code that is ours.
         tolerance: the largest difference of a logit.
         debug: show what the fresh process prints.
@@ -108,7 +108,7 @@ def prove(
         gc.collect()
         answer = _ask(folder, ids, domains, logits, dtype, remote_code, Path(scratch), debug)
     # While it is written it has another name.
-    answer["unexpected_keys"] = [key for key in answer.get("unexpected_keys", ()) if key not in left_out]
+    answer["unexpected_keys"] = [key for key in answer.get("unexpected_keys", ()) if not left_out(key)]
     return _judge(answer, str(folder).removesuffix(UNFINISHED), dtype, tolerance)
 
 
