@@ -13,16 +13,19 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsSource
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
+from megatron_moe.checkpoint.foreign.deepspeed import open_deepspeed
+from megatron_moe.checkpoint.foreign.model import ForeignModel
+from megatron_moe.checkpoint.foreign.pai import open_pai
 from megatron_moe.checkpoint.layout import CONFIG_FILE, LATEST_FILE, checkpoint_folder, find_checkpoint
 from megatron_moe.checkpoint.torch_metadata import FILE as METADATA_FILE
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError
-from megatron_moe.config.yaml_io import load_saved_run
+from megatron_moe.config.yaml_io import build_run, load_saved_run
 from megatron_moe.moe.layout import expert_layout
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_ONE_EXPERT = re.compile(r"\.experts\.(?:local_experts\.)?(\d+)\.")
+_ONE_EXPERT = re.compile(r"\.experts\.(?:local_experts\.|deepspeed_experts\.)?(\d+)\.")
 # Experts of a layer in one tensor: ours, transformers' own, Granite's.
 _STACKED = re.compile(r"\.experts(?:\.experts)?\.(?:linear_fc1\.weight|gate_up_proj)$|moe\.input_linear\.weight$")
 _STATE_PREFIXES = ("optimizer.", "rng_state", "chained_", "common_state")
@@ -96,13 +99,18 @@ class Inventory:
 
 
 def inspect_checkpoint(path: Path) -> Inventory:
-    """What lies in a run, in one of its checkpoints, or in a folder of Hugging Face.
+    """What lies in a run, in one of its checkpoints, in a folder of Hugging Face, or in what another program wrote.
 
     Raises:
         UserError: it is none of them, or damaged.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a run, a checkpoint, or a Hugging Face folder")
+    if any((path / "model").glob("mp_rank_*")):
+        return _foreign(path, "PAI's GPT-MoE", open_pai(path))
+    # Megatron-DeepSpeed writes both files.
+    if (path / "latest").is_file():
+        return _foreign(path, "checkpoint of Megatron-DeepSpeed", open_deepspeed(path))
     if (path / LATEST_FILE).is_file():
         return _ours(find_checkpoint(path))
     if (path / METADATA_FILE).is_file():
@@ -169,6 +177,12 @@ def _ours(folder: Path) -> Inventory:
         if step.isdigit() and folder == checkpoint_folder(folder.parent, int(step)):
             kind = f"checkpoint of megatron_moe, step {int(step)}"
     return Inventory(folder, kind, weights, counts, _size(folder.iterdir()), state)
+
+
+def _foreign(path: Path, kind: str, opened: ForeignModel) -> Inventory:
+    infos = opened.source.infos
+    counts = expert_layout(build_run(opened.sections)).experts_per_layer
+    return Inventory(path, kind, infos, counts if any(counts) else (), _size(path.rglob("*")))
 
 
 def _hugging_face(path: Path) -> Inventory:
