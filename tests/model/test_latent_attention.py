@@ -44,14 +44,12 @@ def flags(tiny_data: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one_process(flags: dict[str, Any]) -> dict[bool, Trained]:
-    """With a latent vector of the queries, and without."""
-    return {bool(more): run_ranks(1, train_and_gather, tiny_run(**flags | more))[0] for more in ({}, PLAIN_QUERY)}
+def one_process(flags: dict[str, Any]) -> Trained:
+    return run_ranks(1, train_and_gather, tiny_run(**flags))[0]
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2, PP 2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "TP 2, plain queries": (2, {"tensor_model_parallel_size": 2, **PLAIN_QUERY}),
     "CP 2, EP 2, recomputed": (
         4,
         {
@@ -66,14 +64,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(layout: str, flags: dict[str, Any], one_process: dict[bool, Trained]) -> None:
+def test_layouts_agree(layout: str, flags: dict[str, Any], one_process: Trained) -> None:
     """Losses of all steps, and the last step's gradients."""
     world_size, more = LAYOUTS[layout]
-    one = one_process["q_lora_rank" in more]
     ranks: list[Trained] = run_ranks(world_size, train_and_gather, tiny_run(**flags | more))
-    assert ranks[-1].losses == pytest.approx(one.losses, rel=2e-6)
-    assert ranks[-1].grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
-    assert_close(assemble([rank.gradients for rank in ranks]), assemble([one.gradients]), 5e-5)
+    assert ranks[-1].losses == pytest.approx(one_process.losses, rel=2e-6)
+    assert ranks[-1].grad_norms == pytest.approx(one_process.grad_norms, rel=1e-5)
+    assert_close(assemble([rank.gradients for rank in ranks]), assemble([one_process.gradients]), 5e-5)
 
 
 def test_dense_models_without_sequence_parallelism_agree(flags: dict[str, Any]) -> None:
@@ -94,8 +91,9 @@ def test_recompute_changes_nothing() -> None:
 
 
 def test_cached_text_equals_uncached(tmp_path: Path, tiny_data: Path) -> None:
-    """Logits over a text with a cache, and greedy continuations in every way, of a checkpoint of two ranks."""
-    folder = train(tmp_path / "run", tiny_data, 2, **LATENT, tensor_model_parallel_size=2)
+    """Logits over a text with a cache, and greedy continuations in every way; queries have no latent vector. Two ranks
+    wrote the checkpoint."""
+    folder = train(tmp_path / "run", tiny_data, 2, **LATENT | PLAIN_QUERY, tensor_model_parallel_size=2)
     error, size = run_ranks(1, cache_error, folder)[0]
     assert error < 2e-5 * size
     ways = run_ranks(1, greedy_ways, folder)[0]
