@@ -9,19 +9,21 @@ imported and its groups were formed, before it had a model. Files are read, not 
 sum of the ranks' peaks is printed, which need not have come at the same moment: the node's peak is at most that.
 
 `copy`: bytes of what is loaded, stored once. `held`: what the ranks hold together once all is loaded, which is more
-than one copy where ranks keep replicas, and with an optimizer the buffers of gradients as well.
-`peak/copy` is the target of 1.1 where every weight is on one rank. `transient`: how far the peak
-lies over what is held.
-`read`: bytes that the ranks read from files (`rchar` of /proc/self/io), beside the share of each.
+than one copy where ranks keep replicas. `peak`: the most, and `peak/copy` the target of 1.1 where every weight is on
+one rank. `over`: how far the peak lies over what is held, which is what loading takes for itself. Training has buffers for
+gradients, which loading has nothing to do with: they are not in these numbers. `read`: bytes that the ranks read from
+files (`rchar` of /proc/self/io), and the most that one of them did.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +38,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp4": {"tensor_model_parallel_size": 4},
     "pp4": {"pipeline_model_parallel_size": 4},
     "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tp4-ep4": {
+        "tensor_model_parallel_size": 4,
+        "expert_model_parallel_size": 4,
+        "expert_tensor_parallel_size": 1,
+    },
     "tp2-ep2": {
         "tensor_model_parallel_size": 2,
         "expert_model_parallel_size": 2,
@@ -59,10 +66,11 @@ class Marks:
     """Memory of one rank, in bytes, and what it read."""
 
     imports: int
-    built: int
+    gradients: int
     peak: int
-    after: int
+    held: int
     read: int
+    seconds: float
 
 
 def run_of(layout: str, parameters: float, kind: str) -> Any:
@@ -171,6 +179,28 @@ def write(flags: argparse.Namespace) -> None:
     dist.barrier()
 
 
+def write_hf(flags: argparse.Namespace) -> None:
+    """Write a folder of Hugging Face with noise in it."""
+    import torch
+
+    from megatron_moe.checkpoint.convert.describe import our_tensors
+    from megatron_moe.checkpoint.convert.engine import target_infos
+    from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsWriter
+    from megatron_moe.checkpoint.hf.targets import choose_hf_target
+
+    run = run_of(flags.rank_layout, flags.parameters, flags.rank_kind)
+    target = choose_hf_target(run)
+    infos = target_infos(target.family.blocks(run), "theirs", our_tensors(run))
+    writer = SafetensorsWriter(Path(flags.folder), infos)
+    writer.prepare()
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(1)) * 0.02
+    for piece in writer.pieces:
+        values = noise.repeat(-(-piece.numel // noise.numel()))[: piece.numel].view(piece.size)
+        writer.write(piece, values.to(infos[piece.name].dtype))
+    writer.finish()
+    Path(flags.folder, "config.json").write_text(json.dumps(target.config(run)), encoding="utf-8")
+
+
 def load(flags: argparse.Namespace) -> None:
     """Be a rank that loads it, and write down what that took."""
     import dataclasses
@@ -178,6 +208,7 @@ def load(flags: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, optimizer  # noqa: F401
 
+    from megatron_moe.checkpoint.hf.loading import load_weights
     from megatron_moe.checkpoint.layout import find_checkpoint
     from megatron_moe.checkpoint.load import load_checkpoint, load_model
     from megatron_moe.runtime.distributed import start
@@ -189,15 +220,26 @@ def load(flags: argparse.Namespace) -> None:
     start(run.parallel, trains=training)
     imports = status()["VmRSS"]
     model, optim, scheduler = build(run, flags.rank_kind)
+    gradients = 0
+    for chunk in model if training else ():
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            # Written to, or it might take no memory yet and could not be left out of the count.
+            buffer.grad_data.fill_(0.0)
+            gradients += buffer.grad_data.nbytes
     dist.barrier()
-    built, read = status()["VmRSS"], bytes_read()
+    read, began = bytes_read(), time.monotonic()
     # The high-water mark starts anew from here.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if training:
         load_checkpoint(run, model, optim, scheduler)
+    elif flags.rank_kind == "hf":
+        load_weights(run, model, Path(flags.folder))
     else:
         load_model(model, find_checkpoint(flags.folder))
-    marks = Marks(imports, built, status()["VmHWM"], status()["VmRSS"], bytes_read() - read)
+    read, seconds, peak = bytes_read() - read, time.monotonic() - began, status()["VmHWM"]
+    # What was freed may still be this process's.
+    ctypes.CDLL(None).malloc_trim(0)
+    marks = Marks(imports, gradients, peak, status()["VmRSS"], read, seconds)
     dist.barrier()
     Path(flags.report, f"{dist.get_rank()}.json").write_text(json.dumps(asdict(marks)), encoding="ascii")
     dist.barrier()
@@ -218,13 +260,16 @@ def launch(task: str, layout: str, kind: str, parameters: float, folder: str, re
 
 def stored_bytes(folder: Path, kind: str) -> int:
     """Bytes of the tensors in a checkpoint that are loaded, once."""
+    if kind == "hf":
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     from torch.distributed.checkpoint import TensorStorageMetadata
 
+    from megatron_moe.checkpoint.layout import find_checkpoint
     from megatron_moe.checkpoint.torch_metadata import read_metadata
 
     return sum(
         entry.size.numel() * entry.properties.dtype.itemsize
-        for key, entry in read_metadata(folder).state_dict_metadata.items()
+        for key, entry in read_metadata(find_checkpoint(folder)).state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and (kind != "weights" or not key.startswith("optimizer."))
     )
 
@@ -234,20 +279,20 @@ def measure(layout: str, kind: str, parameters: float, folder: str, copy: int) -
     with tempfile.TemporaryDirectory() as report:
         launch("load", layout, kind, parameters, folder, report)
         ranks = [Marks(**json.loads(path.read_text(encoding="ascii"))) for path in Path(report).iterdir()]
-    peak = sum(mark.peak - mark.imports for mark in ranks)
-    held = sum(mark.after - mark.imports for mark in ranks)
+    peak = sum(mark.peak - mark.imports - mark.gradients for mark in ranks)
+    held = sum(mark.held - mark.imports - mark.gradients for mark in ranks)
     return {
         "kind": kind,
         "layout": layout,
         "ranks": len(ranks),
         "copy": copy / GB,
-        "built": sum(mark.built - mark.imports for mark in ranks) / GB,
         "held": held / GB,
         "peak": peak / GB,
         "peak/copy": peak / copy,
-        "transient": (peak - held) / GB,
+        "over": (peak - held) / GB,
         "read": sum(mark.read for mark in ranks) / GB,
         "most read": max(mark.read for mark in ranks) / GB,
+        "seconds": max(mark.seconds for mark in ranks),
     }
 
 
@@ -256,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="about what is loaded, stored once")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["tp4", "pp4", "tp2-pp2", "ep4"])
+    parser.add_argument(
+        "--layout", nargs="+", choices=list(LAYOUTS), default=["tp4", "pp4", "tp4-ep4", "tp2-pp2", "dp4"]
+    )
     parser.add_argument("--keep", type=Path, help="write the checkpoints into this folder, and find them there again")
     for name in ("task", "rank-layout", "rank-kind", "folder", "report"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
@@ -266,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_moe.runtime.quiet import silence_third_party_warnings
 
         silence_third_party_warnings()
-        return {"write": write, "load": load}[flags.task](flags)
+        return {"write": write, "write_hf": write_hf, "load": load}[flags.task](flags)
     base = flags.keep or Path(tempfile.mkdtemp())
     lines: list[dict[str, Any]] = []
     try:
@@ -275,8 +322,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parameters = flags.gigabytes * GB / (2 if kind in ("weights", "hf") else 14)
             folder = base / kind
             if not folder.exists():
-                launch("write", WRITTEN_BY, kind, parameters, str(folder))
-            copy = stored_bytes(folder / "iter_0000001", kind)
+                task, layout = ("write_hf", "1") if kind == "hf" else ("write", WRITTEN_BY)
+                launch(task, layout, kind, parameters, str(folder))
+            copy = stored_bytes(folder, kind)
             for layout in flags.layout:
                 line = measure(layout, kind, parameters, str(folder), copy)
                 if not lines:
