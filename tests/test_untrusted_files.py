@@ -43,6 +43,11 @@ FORBIDDEN = {
 }
 
 
+# A folder that only links to the weights of the other one and holds this package's code (`own_code.py`, held by
+# tests/checkpoint/hf/test_verify.py:test_code_of_others_is_not_run).
+ALLOWED = {("megatron_moe/checkpoint/hf/fresh_process.py", "with trust_remote_code")}
+
+
 def dotted(node: ast.AST) -> str:
     """`a.b.c` of an expression, or nothing."""
     if isinstance(node, ast.Attribute):
@@ -90,8 +95,10 @@ def problems(source: str) -> Iterator[str]:
 def test_nothing_in_the_repository_runs_what_a_file_says() -> None:
     sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 80
-    found = [f"{path}: {problem}" for path in sources for problem in problems(path.read_text(encoding="utf-8"))]
-    assert found == []
+    found = [(path.relative_to(ROOT), one) for path in sources for one in problems(path.read_text(encoding="utf-8"))]
+    allowed = [entry for entry in found if any(str(entry[0]) == at and entry[1].endswith(end) for at, end in ALLOWED)]
+    assert len(allowed) == len(ALLOWED)
+    assert [entry for entry in found if entry not in allowed] == []
 
 
 @pytest.mark.parametrize(

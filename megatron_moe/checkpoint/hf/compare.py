@@ -13,7 +13,7 @@ from megatron_moe.checkpoint.hf.families.native import names_in_files
 from megatron_moe.checkpoint.hf.importing import RenamedSource, open_files
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import VerifyOptions
-from megatron_moe.checkpoint.hf.own_code import may_run_code
+from megatron_moe.checkpoint.hf.own_code import needs_code
 from megatron_moe.checkpoint.hf.targets import family_of
 from megatron_moe.checkpoint.hf.verify import exact_names, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE
@@ -45,7 +45,7 @@ def verify_hf(options: VerifyOptions, *, debug: bool = False) -> Iterator[str]:
         family = family_of(config)
     except UserError as error:
         raise UserError(f"--hf {folder}: {error}") from error
-    remote_code = may_run_code(folder, config)
+    remote_code = needs_code(config)
     theirs, ours = open_files(folder, family, run), OursSource(saved.folder)
     blocks = family.blocks(run)
     check_coverage(blocks, ours.infos, theirs.infos, ours_in=str(saved.folder), theirs_in=str(folder))

@@ -20,7 +20,7 @@ from megatron_moe.checkpoint.hf.families.native import names_in_files
 from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
-from megatron_moe.checkpoint.hf.own_code import may_run_code
+from megatron_moe.checkpoint.hf.own_code import needs_code
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
 from megatron_moe.checkpoint.hf.usual_names import Files, UsualNames, has_names_of_memory
@@ -119,8 +119,7 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
     check_target(save, "--save", folder, "--hf")
     run, family, source = open_hf(folder)
     config = read_config(folder)
-    # Before anything is written.
-    remote_code = options.verify and may_run_code(folder, config)
+    remote_code = needs_code(config)
     run = _with_vocabulary_multiple(run, options.make_vocab_size_divisible_by)
     assert run.model.vocab_size is not None
     tokenizer = import_tokenizer(folder, run.model.vocab_size, options.tokenizer)

@@ -1,33 +1,49 @@
-"""Code that lies in a folder runs only if it is what this version of the package would put there."""
+"""Code that lies in a folder is never run: a folder of our own class is loaded with the code of this package.
 
+The fresh process gets a folder of links to the files of the other one, with the package's code beside them.
+"""
+
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, FAMILY
-from megatron_moe.config.base import UserError
+from megatron_moe.checkpoint.hf.inspect import read_config
+from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, FAMILY, copy_code
 
 _SOURCE = Path(__file__).parent / "remote"
+_CONFIG = "config.json"
 
 
-def may_run_code(folder: Path, config: Mapping[str, Any], flag: str = "--hf") -> bool:
-    """Whether the folder is of our own class, with our own code in it, byte for byte.
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of our own class. Native classes need no code: what a folder has besides is left
+    alone."""
+    return config.get("model_type") == FAMILY.model_type
 
-    Native classes need no code: what a folder has besides is left alone.
 
-    Raises:
-        UserError: it is of our class, but with other code.
+def with_own_code(folder: Path, stage: Path) -> str | None:
+    """Make a folder that holds what `folder` holds, but this package's code.
+
+    Args:
+        folder: of our class.
+        stage: the folder to make.
+
+    Returns:
+        How the code that it brings along differs, or None if it does not.
     """
-    if config.get("model_type") != FAMILY.model_type:
-        return False
+    stage.mkdir()
+    copy_code(stage)
+    for path in folder.iterdir():
+        if path.suffix != ".py" and path.name != _CONFIG:
+            (stage / path.name).symlink_to(path.resolve())
+    config = read_config(folder)
+    (stage / _CONFIG).write_text(json.dumps({**config, "auto_map": AUTO_MAP}), encoding="utf-8")
     if config.get("auto_map") != AUTO_MAP:
-        raise UserError(f"{flag} {folder}: auto_map of config.json is not the one of this version; its code is not run")
-    for path in sorted(folder.glob("*.py")):
-        if path.name not in CODE_FILES or path.read_bytes() != (_SOURCE / path.name).read_bytes():
-            raise UserError(
-                f"{flag} {folder}: {path.name} is not the code of this version, and is not run; export the run again, "
-                "or restore the file"
-            )
-    if missing := [name for name in CODE_FILES if not (folder / name).is_file()]:
-        raise UserError(f"{flag} {folder}: {missing[0]} is missing; export the run again")
-    return True
+        return "auto_map of config.json is not the one of this version"
+    names = {path.name for path in folder.glob("*.py")}
+    for name in sorted({*names, *CODE_FILES}):
+        if name not in names:
+            return f"{name} is missing"
+        if name not in CODE_FILES or (folder / name).read_bytes() != (_SOURCE / name).read_bytes():
+            return f"{name} is not the one of this version"
+    return None

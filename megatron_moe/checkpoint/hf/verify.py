@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.convert.blocks import Block
+from megatron_moe.checkpoint.hf.own_code import with_own_code
 from megatron_moe.checkpoint.hf.texts import proof_ids
 from megatron_moe.checkpoint.layout import UNFINISHED
 from megatron_moe.config.base import UserError
@@ -53,6 +54,8 @@ class Proof:
     same_top: float
     """Share of tokens after which both find the same token most likely."""
     versions: dict[str, str]
+    note: str | None = None
+    """How the code in the folder differs from what was run."""
 
     def lines(self) -> list[str]:
         """A screen about it."""
@@ -62,6 +65,7 @@ class Proof:
             f"logits of {self.tokens} tokens in {self.documents} texts, weights in {self.dtype}, both computed in "
             f"float32: max |difference| {self.max_difference:.2e}, mean {self.mean_difference:.2e} "
             f"(largest logit {self.largest_logit:.1f}), KL {self.kl:.1e}, same top token {self.same_top:.2%}",
+            *([f"note: {self.note}; it was not run, this version's code was"] if self.note else []),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def prove(
         dtype: such as `bfloat16`; both sides' weights are rounded to it, where they are finer.
         exact_names: our parameters that are not.
         left_out: whether what lies in the folder is known to be no weight of the class (`native.py:names_in_files`).
-        remote_code: whether the folder's own code may run; only for code that is ours.
+        remote_code: whether it is of our own class, whose code is this package's.
         tolerance: the largest difference of a logit.
         debug: show what the fresh process prints.
 
@@ -106,10 +110,15 @@ def prove(
         logits = our_logits(saved, ids, domains, dtype, exact_names, Path(scratch))
         # One model in memory at a time.
         gc.collect()
-        answer = _ask(folder, ids, domains, logits, dtype, remote_code, Path(scratch), debug)
+        place, note = folder, None
+        if remote_code:
+            place = Path(scratch) / "folder"
+            note = with_own_code(folder, place)
+        answer = _ask(place, ids, domains, logits, dtype, remote_code, Path(scratch), debug)
     # While it is written it has another name.
     answer["unexpected_keys"] = [key for key in answer.get("unexpected_keys", ()) if not left_out(key)]
-    return _judge(answer, str(folder).removesuffix(UNFINISHED), dtype, tolerance)
+    proof = _judge(answer, str(folder).removesuffix(UNFINISHED), dtype, tolerance)
+    return dataclasses.replace(proof, note=note)
 
 
 def exact_names(blocks: Iterable[Block], fp32_names: Collection[str]) -> frozenset[str]:

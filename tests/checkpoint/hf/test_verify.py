@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint.hf import verify
 from megatron_moe.checkpoint.hf.fresh_process import measure
-from megatron_moe.checkpoint.hf.own_code import may_run_code
+from megatron_moe.checkpoint.hf.own_code import needs_code, with_own_code
 from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, copy_code
 from megatron_moe.checkpoint.hf.verify import _judge
 from megatron_moe.config.base import UserError
@@ -135,19 +135,45 @@ def test_command(mixtral_run: Path, exported: tuple[Path, str]) -> None:
 
 
 def test_code_of_others_is_not_run(tmp_path: Path) -> None:
-    config = {"model_type": "megatron_moe", "auto_map": dict(AUTO_MAP)}
-    assert not may_run_code(tmp_path, {"model_type": "mixtral", "auto_map": {"AutoModel": "evil.Model"}})
-    with pytest.raises(UserError, match=r"configuration_megatron_moe\.py is missing"):
-        may_run_code(tmp_path, config)
-    copy_code(tmp_path)
-    assert may_run_code(tmp_path, config)
-    with pytest.raises(UserError, match=r"auto_map of config\.json is not the one of this version"):
-        may_run_code(tmp_path, config | {"auto_map": {**AUTO_MAP, "AutoModel": "other.Model"}})
-    path = tmp_path / CODE_FILES[1]
-    path.write_text(path.read_text() + "\nprint()\n")
-    with pytest.raises(UserError, match=r"modeling_megatron_moe\.py is not the code of this version, and is not run"):
-        may_run_code(tmp_path, config)
-    copy_code(tmp_path)
-    (tmp_path / "more.py").write_text("")
-    with pytest.raises(UserError, match=r"more\.py is not the code of this version"):
-        may_run_code(tmp_path, json.loads(json.dumps(config)))
+    """Whatever the folder's code says, the staged one has ours."""
+    assert not needs_code({"model_type": "mixtral", "auto_map": {"AutoModel": "evil.Model"}})
+    assert needs_code({"model_type": "megatron_moe"})
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    copy_code(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+    def config(**changes: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "megatron_moe", "auto_map": AUTO_MAP, **changes}))
+
+    def staged(name: str) -> str | None:
+        note = with_own_code(folder, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"config.json", "model.safetensors", *CODE_FILES}
+        assert (tmp_path / name / "model.safetensors").read_bytes() == b"weights"
+        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert "EVIL" not in (tmp_path / name / CODE_FILES[1]).read_text()
+        return note
+
+    config()
+    assert staged("same") is None
+    config(auto_map={**AUTO_MAP, "AutoModel": "other.Model"})
+    assert staged("map") == "auto_map of config.json is not the one of this version"
+    config()
+    (folder / "more.py").write_text("EVIL")
+    assert staged("more") == "more.py is not the one of this version"
+    (folder / "more.py").unlink()
+    (folder / CODE_FILES[1]).write_text("EVIL")
+    assert staged("evil") == "modeling_megatron_moe.py is not the one of this version"
+    (folder / CODE_FILES[1]).unlink()
+    assert staged("none") == "modeling_megatron_moe.py is missing"
+
+
+def test_folder_with_other_code_is_compared_by_ours(pyramid_run: Path, tmp_path: Path) -> None:
+    """The folder's code would write a file, here and in the fresh process."""
+    converted("to-hf", "--load", pyramid_run, "--output", tmp_path / "hf", "--no-verify")
+    path = tmp_path / "hf" / CODE_FILES[1]
+    path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + path.read_text())
+    printed = converted("verify", "--load", pyramid_run, "--hf", tmp_path / "hf")
+    assert "note: modeling_megatron_moe.py is not the one of this version; it was not run" in printed
+    assert "0 missing, 0 unexpected, 0 mismatched keys" in printed
+    assert not (tmp_path / "ran").exists()
