@@ -20,6 +20,8 @@ class Stock:
     """Megatron-LM's arguments that make this model, beside those for sizes."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Of the sharded state."""
+    by_ranks: bool = False
+    """A file for each rank instead of a distributed checkpoint."""
     router_bias: bool = False
     """Whether routers' biases are anything but 0."""
     legacy_common: bool = False
@@ -31,7 +33,7 @@ HIDDEN, HEADS, LAYERS, VOCAB, POSITIONS = 32, 4, 2, 120, 32
 
 def save_stock(folder: Path, models: dict[str, Stock], ids: list[int], tensor_size: int = 1) -> dict[str, torch.Tensor]:
     """Runs on ranks of its own: build, spoil and save each model, and return this rank's part of its logits."""
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.strategies.common import save_common
 
     from megatron_moe.checkpoint.save import REPLACEMENTS
@@ -55,14 +57,24 @@ def save_stock(folder: Path, models: dict[str, Stock], ids: list[int], tensor_si
         target = folder / name / "iter_0000005"
         target.mkdir(parents=True, exist_ok=True)
         (folder / name / "latest_checkpointed_iteration.txt").write_text("5")
+        logits[name] = _logits(chunk, ids)
+        if stock.by_ranks:
+            vars(common["args"]).update(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=1)
+            rank = target / f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+            rank.mkdir()
+            torch.save({"model": chunk.state_dict_for_save_checkpoint(), **common}, rank / "model_optim_rng.pt")
+            continue
         if stock.legacy_common:
             save_common(common, str(target))
         dist_checkpointing.save(state if stock.legacy_common else {**state, **common}, str(target))
-        tokens = torch.tensor(ids)[None]
-        positions = torch.arange(len(ids))[None]
-        hidden_from = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)[None, None]
-        logits[name] = chunk(input_ids=tokens, position_ids=positions, attention_mask=hidden_from)[0].float()
     return logits
+
+
+def _logits(chunk: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    tokens, positions = torch.tensor(ids)[None], torch.arange(len(ids))[None]
+    hidden_from = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)[None, None]
+    output: torch.Tensor = chunk(input_ids=tokens, position_ids=positions, attention_mask=hidden_from)
+    return output[0].float()
 
 
 def _build(stock: Stock, tensor_size: int) -> torch.nn.Module:

@@ -24,11 +24,12 @@ from megatron_moe.checkpoint.foreign.classic import (
     rank_state,
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
-from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged
+from megatron_moe.checkpoint.foreign.megatron_args import check_given
+from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged, of_training
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
-from megatron_moe.config.base import ConfigError, UserError
+from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import Values, build_run
 from megatron_moe.moe.layout import expert_layout
 
@@ -36,7 +37,6 @@ LATEST = "latest"
 _RANK = re.compile(r"mp_rank_(\d\d)_model_states\.pt")
 _ZERO_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d\d_model_states\.pt")
 _PIPELINE = re.compile(r"layer_\d+-model(?:_\d+)?-model_states\.pt|layer_\d+-model_\d+.*\.pt")
-_NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def open_deepspeed(folder: Path, flags: Values | None = None) -> ForeignModel:
@@ -58,7 +58,7 @@ def open_deepspeed(folder: Path, flags: Values | None = None) -> ForeignModel:
         sections, notes = merged(_sections(settings, rows), given), _notes(settings)
     else:
         sections, notes = merged({"model": {"vocab_size": rows}}, given), ()
-        _check_given(given, folder)
+        check_given(given, folder)
     run = build_run(sections)
     version = Settings(tree, "checkpoint").number("checkpoint_version", 0.0)
     files = expert_files(folder)
@@ -72,7 +72,7 @@ def open_deepspeed(folder: Path, flags: Values | None = None) -> ForeignModel:
         source=source,
         blocks=blocks,
         notes=notes,
-        unused=compact(unused | {key: "of training" for key in tree if key != "module"}),
+        unused=compact(unused) | of_training(tree, "module", "args"),
     )
 
 
@@ -123,12 +123,6 @@ def _states(folder: Path) -> tuple[list[State], dict[str, Any]]:
         raise UserError(f"{folder}: holds files of {len(states)} tensor-parallel ranks, but was written by {size}")
     add_experts(expert_files(folder), states)
     return states, trees[0]
-
-
-def _check_given(given: Values, folder: Path) -> None:
-    if missing := [name for name in _NEEDED if name not in given.get("model", {})]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ConfigError(f"{folder}: holds no arguments of its run; give {flags} and what else it was trained with")
 
 
 def _sections(settings: Settings, rows: int) -> Values:

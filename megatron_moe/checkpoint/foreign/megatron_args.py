@@ -1,8 +1,10 @@
 """Megatron-LM's arguments, as a checkpoint keeps them, as our flags; what our model cannot be is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings
+from megatron_moe.config.base import ConfigError
 from megatron_moe.config.yaml_io import Values
 
 # Arguments that change what the model computes, their values that do not, and what our model has.
@@ -35,6 +37,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "group_query_attention": ((True, False), ""),
     "use_legacy_models": ((False,), "models are megatron-core's"),
 }
+_NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 _SCORES = ("softmax", "sigmoid")
 _BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn")
 _POSITIONS = ("learned_absolute", "rope", "none")
@@ -174,6 +177,17 @@ def _first(settings: Settings, name: str, default: Any) -> Any:
     if len(value) != 1:
         raise settings.refuse(name, "one value; losses of several kinds together are not read")
     return value[0]
+
+
+def check_given(given: Values, folder: Path) -> None:
+    """What must be given as flags where a checkpoint holds no arguments.
+
+    Raises:
+        ConfigError: names the flags that are missing.
+    """
+    if missing := [name for name in _NEEDED if name not in given.get("model", {})]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ConfigError(f"{folder}: holds no arguments of its run; give {flags} and what else it was trained with")
 
 
 def megatron_notes(settings: Settings) -> tuple[str, ...]:

@@ -77,6 +77,12 @@ def compact(unused: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def of_training(tree: Mapping[Any, Any], *used: str) -> dict[str, str]:
+    """What a file holds beside what was used: the state of the training run, in one line."""
+    names = sorted(str(name) for name in tree if name not in used)
+    return {", ".join(names): "of the training run"} if names else {}
+
+
 def merged(*layers: Values) -> Values:
     """Layers of sections, later ones going over earlier ones, field by field."""
     sections: dict[str, dict[str, Any]] = {}

@@ -27,7 +27,7 @@ from megatron_moe.checkpoint.foreign.classic import (
     rank_state,
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
-from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged
+from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged, of_training
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
@@ -64,7 +64,6 @@ def open_pai(folder: Path, flags: Values | None = None) -> ForeignModel:
     run = build_run(sections)
     version = Settings(trees[0], "checkpoint").number("checkpoint_version", 3.0)
     unused = {name: reason for state in states for name, reason in state.unused.items()}
-    unused |= {key: "of training" for key in trees[0] if key not in ("module", "model")}
     for state in states:
         for name in [name for name in state.tensors if _SECOND_BIAS.fullmatch(name)]:
             del state.tensors[name]
@@ -89,7 +88,7 @@ def open_pai(folder: Path, flags: Values | None = None) -> ForeignModel:
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_type="JiebaBPETokenizer" if tokenizer.is_file() else None,
         notes=_notes(config),
-        unused=compact(unused),
+        unused=compact(unused) | of_training(trees[0], "module", "model"),
     )
 
 

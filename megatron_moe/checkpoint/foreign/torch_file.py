@@ -56,6 +56,7 @@ _KNOWN = frozenset(
         "builtins.dict",
         "__builtin__.dict",
         "_codecs.encode",
+        "_io.BytesIO",
         "pathlib.PosixPath",
         "signal.Signals",
         "numpy.ndarray",

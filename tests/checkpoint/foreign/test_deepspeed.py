@@ -72,7 +72,9 @@ def test_says_what_is_there(folder: Path) -> None:
     assert expert_layout(run).experts_per_layer == (0, 2, 0, 4)
     assert (run.moe.mlp_type, run.moe.moe_aux_loss_coeff) == ("residual", 0.01)
     assert "factor 1.25" in foreign.notes[0]
-    assert foreign.unused["lr_scheduler"] == "of training"
+    assert foreign.unused == {
+        "checkpoint_version, dp_world_size, iteration, lr_scheduler, num_experts": "of the training run"
+    }
     assert open_deepspeed(folder / "global_step50").sections == foreign.sections
 
 
