@@ -5,7 +5,7 @@
 #   make test PYTHON=python3 NO_VENV=1   installs nothing: uses that interpreter as it is
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format gpu-check clean
+.PHONY: help venv demo test check format gpu-check serving-check clean
 
 # Workers of pytest-xdist. Distributed tests start up to 4 processes each, so this is no count of cores. 0: no xdist.
 WORKERS ?= 2
@@ -27,7 +27,7 @@ export PY
 
 help: ## list the targets
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 	@echo "variables: PYTHON=python3 (to make .venv with)  NO_VENV=1 (use PYTHON as it is, install nothing)"
 	@echo "           PYTEST_ARGS=\"-k router\"  WORKERS=2 (tests at a time)"
 
@@ -71,6 +71,10 @@ format: $(STAMP) ## format the code and mend what lint can mend
 
 gpu-check: $(STAMP) ## run the gpu tests and the benchmarks (an error where there is no GPU)
 	@bash tools/gpu_check.sh
+
+serving-check: $(STAMP) ## ask vLLM about exports (MEGATRON_MOE_SERVING_PYTHON=a python that has it)
+	@: "$${MEGATRON_MOE_SERVING_PYTHON:?name a python in which vllm can be imported}"
+	@$(PY) -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
 clean: ## remove caches and build output (.venv and runs stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
