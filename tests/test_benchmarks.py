@@ -168,3 +168,18 @@ def test_attention_reuse_prints_every_side() -> None:
     assert [line.split("; ")[1].split("%")[0] for line in sides] == ["100.0", "100.0", "25.0"]
     assert "processor time" in fused
     assert "processor time" in explicit
+
+
+@pytest.mark.slow
+def test_convert_prints_both_directions_and_that_what_comes_back_is_equal(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/convert.py", "--gigabytes", "0.05", "--hidden-size", "256"]
+    command += ["--output", str(tmp_path / "work")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, *rows, bound, same = done.stdout.splitlines()
+    assert "layers of 256" in head
+    assert [row.split()[0] for row in rows] == ["copy", "to-hf", "from-hf"]
+    assert all("x copy" in row and "PSS" in row for row in rows)
+    assert bound.startswith("largest tensor 0.02 GB")
+    assert same == "what came back is equal byte for byte"
+    assert not (tmp_path / "work").exists()

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -23,6 +23,7 @@ def run_tasks[T, R](
     tasks: Iterable[T],
     workers: int,
     advice: str = "start again to go on from the finished parts, with fewer --workers if memory was short",
+    preload: Sequence[str] = (),
 ) -> Generator[tuple[T, R]]:
     """Work tasks off, in the order in which they finish; the tasks are asked for only as far as they can be begun.
 
@@ -32,6 +33,8 @@ def run_tasks[T, R](
         tasks: can be pickled. One alone is done in this process.
         workers: processes.
         advice: what the user can do when a process has died.
+        preload: modules that are imported once, in a process of which the workers are copies: torch takes a third of a
+            gigabyte in each process that imports it itself. They must start no threads.
 
     Raises:
         UserError: a worker's own, or a line that says what else a worker raised, or that one died.
@@ -43,8 +46,10 @@ def run_tasks[T, R](
         for task in chain(first, stream):
             yield task, worker(task)
         return
-    # spawn: a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
+    # A fork of this process, which may have threads, may hang.
+    context = multiprocessing.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(list(preload))
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(make_worker, arguments)) as pool:
         pending: dict[Future[R], T] = {}
         try:

@@ -80,3 +80,16 @@ def test_a_failing_worker_ends_it(task: str, message: str) -> None:
         list(run_tasks(make, (0,), tasks(), 2))
     # Tasks are asked for as they are begun, and none after the error.
     assert len(asked) < 100
+
+
+def test_preloaded_workers_are_copies_of_one_process() -> None:
+    tasks = range(20)
+    spawned = {parent for _, parent in run_tasks(make_parent_asker, (), tasks, workers=2)}
+    assert spawned == {os.getpid()}
+    (server,) = {parent for _, parent in run_tasks(make_parent_asker, (), tasks, workers=2, preload=("json",))}
+    assert server != os.getpid()
+
+
+def make_parent_asker() -> Callable[[int], int]:
+    """A worker that tells which process it was made by."""
+    return lambda _: os.getppid()

@@ -27,8 +27,11 @@ _TASK_BYTES = 32 << 20
 _TASK_PIECES = 512
 # A process takes seconds to start, in which one converts about as much.
 _BYTES_PER_WORKER = 512 << 20
+# What the processes need, imported once for all of them.
+_PRELOAD = tuple(f"{__package__}.{name}" for name in ("stream", "safetensors_files", "ours_reader", "ours_writer"))
 # Beside the tensors: index, tokenizer, config.
 _ROOM = 64 << 20
+_ADVICE = "start the same again to go on, with fewer --workers if memory was short"
 
 
 class TensorWriter(Protocol):
@@ -137,13 +140,7 @@ def _write_pieces(
     tasks = ([(index, pieces[index]) for index in group] for group in _grouped(left, pieces, writer))
     arguments = (Targets(blocks, writer.side), source, writer, workers)
     with tqdm(total=total, initial=total - todo, unit="B", unit_scale=True, disable=None if progress else True) as bar:
-        for task, written in run_tasks(
-            _Worker,
-            arguments,
-            tasks,
-            workers,
-            "start the same again to go on, with fewer --workers if memory was short",
-        ):
+        for task, written in run_tasks(_Worker, arguments, tasks, workers, _ADVICE, _PRELOAD):
             journal.add([index for index, _ in task])
             bar.update(written)
 
