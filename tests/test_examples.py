@@ -164,7 +164,9 @@ def test_weights_and_prefixes_in_turn(tmp_path: Path) -> None:
     assert words[start + 1 : start + 5] == ["0.3", "data/a", "0.7", "data/b"]
 
 
-@pytest.mark.parametrize("name", ["generate.sh", "score.sh", "continue_pretraining.sh"])
+@pytest.mark.parametrize(
+    "name", ["generate.sh", "score.sh", "continue_pretraining.sh", "convert_to_hf.sh", "convert_verify.sh"]
+)
 def test_missing_variable_is_one_line(name: str) -> None:
     done = subprocess.run(["bash", str(EXAMPLES / name)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -310,3 +312,23 @@ def test_score(trained: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [len(row["logprobs"]) for row in rows] == [len(row["ids"]) - 1 for row in rows]
     assert rows[1]["ids"] == [5, 6, 7]
+
+
+@pytest.mark.slow
+def test_convert_there_and_back(trained: Path, tmp_path: Path) -> None:
+    """A pyramid with residual experts goes to Hugging Face and comes back as the same run."""
+    folder, back = tmp_path / "exported", tmp_path / "back"
+    done = run_script("convert_to_hf.sh", {"LOAD": trained, "OUTPUT": folder}, ["--license", "apache-2.0"])
+    assert "MegatronMoeForCausalLM (megatron_moe): exact" in done.stdout
+    assert "0 missing, 0 unexpected, 0 mismatched keys" in done.stdout
+    assert "license: apache-2.0" in (folder / "README.md").read_text(encoding="utf-8")
+    # The proof follows by the script for it.
+    done = run_script("convert_from_hf.sh", {"HF": folder, "SAVE": back}, ["--no-verify"])
+    assert "NOT verified" in done.stdout
+    assert load_run(back / "config.yaml").moe == load_run(trained / "config.yaml").moe
+    done = run_script("convert_verify.sh", {"LOAD": back, "HF": folder})
+    assert "hold the same numbers" in done.stdout
+    generated = run_script(
+        "generate.sh", {"LOAD": back, "PROMPT": "北京"}, ["--max-new-tokens", "4", "--device", "cpu"]
+    )
+    assert "4 new tokens" in generated.stdout
