@@ -80,24 +80,24 @@ class _Malformed(Exception):
     """The pickle is no pickle, or uses what no checkpoint needs."""
 
 
-def read_pickle(data: bytes, allowed: Collection[str], source: str) -> Any:
+def read_pickle(data: bytes, allowed: Collection[str], source: str, kind: str = "checkpoint of this program") -> Any:
     """What a pickle describes.
 
     Args:
         data: the pickle.
         allowed: dotted names of the classes and functions that it may refer to.
         source: names the file in errors.
+        kind: what the file should be, in errors.
 
     Raises:
         UserError: the pickle refers to anything else, or is damaged.
     """
-    machine = _Machine(allowed, source)
+    machine = _Machine(allowed, source, kind)
     try:
         return machine.run(data)
     except (_Malformed, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise UserError(
-            f"{source}: damaged, or not a checkpoint of this program ({_reason(error)}); restore it or load another "
-            "step"
+            f"{source}: damaged, or not a {kind} ({_reason(error)}); restore it or load another step"
         ) from error
 
 
@@ -106,8 +106,8 @@ def _reason(error: Exception) -> str:
 
 
 class _Machine:
-    def __init__(self, allowed: Collection[str], source: str) -> None:
-        self._allowed, self._source = allowed, source
+    def __init__(self, allowed: Collection[str], source: str, kind: str) -> None:
+        self._allowed, self._source, self._kind = allowed, source, kind
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -170,8 +170,8 @@ class _Machine:
         reference = Reference(module, name)
         if str(reference) not in self._allowed:
             raise UserError(
-                f"{self._source}: refers to {str(reference)[:80]!r}, which no checkpoint of this program does; it is "
-                "damaged or made to do harm, nothing of it was run"
+                f"{self._source}: refers to {str(reference)[:80]!r}, which no {self._kind} does; it is damaged or made "
+                "to do harm, nothing of it was run"
             )
         return reference
 

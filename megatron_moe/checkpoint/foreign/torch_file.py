@@ -68,6 +68,7 @@ _KNOWN = frozenset(
     }
 )
 _PROGRAMS = ("megatron.", "deepspeed.", "fp16.loss_scaler.")
+_KIND = "checkpoint that is read here"
 _HEADER = 30
 _CHUNK = 1 << 20
 
@@ -192,7 +193,7 @@ def read_torch_file(path: Path, offset: int = 0, length: int | None = None) -> A
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path}: {_why_no_archive(path)}") from error
-    return _Builder(path, offset, root, entries).plain(read_pickle(content, _Names(), str(path)))
+    return _Builder(path, offset, root, entries).plain(read_pickle(content, _Names(), str(path), _KIND))
 
 
 def _part(stream: BinaryIO, offset: int, length: int | None) -> FileSlice:
