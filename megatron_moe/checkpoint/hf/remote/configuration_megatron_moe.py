@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+try:
+    from transformers import PreTrainedConfig
+except ImportError as error:
+    raise ImportError("a megatron_moe model needs transformers 5: pip install -U transformers") from error
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_pytorch_tanh", "relu2", "silu"),

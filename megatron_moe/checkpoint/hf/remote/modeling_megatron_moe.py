@@ -8,6 +8,7 @@ T = keys with those of the cache, E = experts of a layer, K = experts of a token
 V = token ids.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,9 @@ EXPERT_RESIDUAL_EXPANSION = 4
 EPSILON = 1e-10
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 FIXED_ROUTERS = ("hash", "random-routed")
+# What versions of transformers 5 call these, and ask for.
+MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+CACHE_TAKES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # Routers whose logits are balanced by the auxiliary loss.
 BALANCED_ROUTERS = ("topk", "large-margin", "recycle", "token-embedding")
 
@@ -102,6 +106,32 @@ def eager_attention(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def causal_mask(
+    config: MegatronMoeConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor,
+    places_S: Tensor,
+) -> Any:
+    """The mask for the implementation that the config names; None where it is implied."""
+    given = {"inputs_embeds": inputs_embeds, "input_embeds": inputs_embeds, "cache_position": places_S}
+    return create_causal_mask(
+        config=config,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        **{name: value for name, value in given.items() if name in MASK_ARGUMENTS},
+    )
+
+
+def cached(cache: Cache, key: Tensor, value: Tensor, layer_idx: int, places_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Put a layer's keys and values into the cache; all that it holds now."""
+    if CACHE_TAKES_PLACES:
+        return cache.update(key, value, layer_idx, {"cache_position": places_S})
+    return cache.update(key, value, layer_idx)
+
+
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +141,7 @@ def attend(
     if "flash" in kind and width < query.shape[-1]:
         # Its kernels take heads of one width only.
         value = F.pad(value, (0, query.shape[-1] - width))
-    interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
+    interface: Callable[..., Any] = eager_attention if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
     dropout = module.attention_dropout if module.training else 0.0
     output, weights = interface(
         module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
@@ -156,6 +186,7 @@ class MegatronMoeAttention(nn.Module):
         position_ids: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
+        places_S: Tensor,
         first_positions: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -166,7 +197,7 @@ class MegatronMoeAttention(nn.Module):
             if not self.shares:
                 key = rotate(self._normed("k_norm", key), position_embeddings)
             if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+                key, value = cached(past_key_values, key, value, self.layer_idx, places_S)
             if self.shares:
                 shared_keys, shared_values = key, value
         else:
@@ -247,6 +278,7 @@ class MegatronMoeLatentAttention(nn.Module):
         position_ids: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
+        places_S: Tensor,
         first_positions: Tensor,
         **kwargs: Any,
     ) -> tuple[Tensor, None, None, Tensor | None]:
@@ -267,7 +299,7 @@ class MegatronMoeLatentAttention(nn.Module):
         query, query_turned = query.split([self.plain, self.rotated], dim=-1)
         query = torch.cat((query, rotate(in_halves(query_turned), position_embeddings)), dim=-1)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = cached(past_key_values, key, value, self.layer_idx, places_S)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), None, None, weights
 
@@ -804,25 +836,21 @@ class MegatronMoeModel(MegatronMoePreTrainedModel):
         output_router_logits = self._default(output_router_logits, "output_router_logits")
         if output_attentions and config._attn_implementation != "eager":
             raise ValueError("output_attentions: needs attn_implementation='eager'; the others keep no weights")
-        if self.training and self.is_gradient_checkpointing:
+        # Every n-th layer may be checkpointed, of which none can write to a cache twice.
+        if self.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        places_S = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+            position_ids = places_S[None]
         # The position of the first key, below 0 where the text begins behind padding. Worked out now: a static cache
         # moves its length on as layers write.
         first = position_ids[:, -1:] - (past_length + position_ids.shape[1] - 1)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, places_S)
         rope = config.position_embedding_type == "rope"
         tables = rotary_tables(config, position_ids) if rope else None
         domains = self._domains(domain_ids, inputs_embeds)
@@ -845,6 +873,7 @@ class MegatronMoeModel(MegatronMoePreTrainedModel):
                 position_ids=position_ids,
                 position_embeddings=tables,
                 past_key_values=past_key_values,
+                places_S=places_S,
                 first_positions=first,
                 **kwargs,
             )
