@@ -86,7 +86,8 @@ class Classic:
                 mlp(f"{layer}.mlp")
                 continue
             moe = f"{layer}.mlp.deepspeed_moe"
-            w[f"{moe}.gate.wg.weight"] = draw(experts, self.hidden)
+            # DeepSpeed keeps gates in fp32.
+            w[f"{moe}.gate.wg.weight"] = 0.3 * torch.randn(experts, self.hidden, generator=generator)
             for expert in range(experts):
                 mlp(f"{moe}.experts.deepspeed_experts.{expert}")
             for block in range(self.network):
@@ -220,7 +221,7 @@ def rank_part(model: Classic, name: str, tensor: Tensor, rank: int, layout: Layo
         part = tensor.chunk(ranks, dim=1)[rank]
     else:
         part = tensor
-    return part.to(layout.dtype).clone()
+    return part.to(torch.float32 if "gate.wg" in name else layout.dtype).clone()
 
 
 def rank_tree(model: Classic, w: dict[str, Tensor], rank: int, layout: Layout) -> dict[str, Any]:

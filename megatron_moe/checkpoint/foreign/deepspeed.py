@@ -25,7 +25,7 @@ from megatron_moe.checkpoint.foreign.classic import (
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
 from megatron_moe.checkpoint.foreign.megatron_args import check_given
-from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged, of_training
+from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, dtype_notes, merged, of_training
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
@@ -71,7 +71,7 @@ def open_deepspeed(folder: Path, flags: Values | None = None) -> ForeignModel:
         sections=sections,
         source=source,
         blocks=blocks,
-        notes=notes,
+        notes=notes + dtype_notes(source.infos),
         unused=compact(unused) | of_training(tree, "module", "args"),
     )
 

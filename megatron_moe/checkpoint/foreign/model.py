@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.convert.blocks import Block, Box
@@ -64,6 +65,18 @@ def check_finite(tensor: Tensor, name: str, path: Path | None = None) -> None:
             f"{where}{name} holds {wrong} numbers that are inf or NaN; the run that wrote it had failed, take an "
             "earlier checkpoint of it"
         )
+
+
+def dtype_notes(infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """DeepSpeed keeps routers in fp32 beside weights in half precision; here all have one type."""
+    floats = {name: info for name, info in infos.items() if info.dtype.is_floating_point}
+    wide = [name for name, info in floats.items() if info.dtype == torch.float32]
+    if not wide or len(wide) == len(floats):
+        return ()
+    return (
+        f"{len(wide)} tensors are fp32 beside others of fewer bits ({wide[0]}); --dtype fp32 keeps them to the bit, "
+        "other types round them",
+    )
 
 
 def compact(unused: Mapping[str, str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from megatron_moe.checkpoint.foreign.classic import (
     rank_state,
 )
 from megatron_moe.checkpoint.foreign.classic_map import classic_blocks
-from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, merged, of_training
+from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, dtype_notes, merged, of_training
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
@@ -87,7 +87,7 @@ def open_pai(folder: Path, flags: Values | None = None) -> ForeignModel:
         blocks=blocks,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         tokenizer_type="JiebaBPETokenizer" if tokenizer.is_file() else None,
-        notes=_notes(config),
+        notes=_notes(config) + dtype_notes(source.infos),
         unused=compact(unused) | of_training(trees[0], "module", "model"),
     )
 
