@@ -10,6 +10,7 @@ from megatron_moe.config.base import ConfigError, flag_name, format_value, requi
 MOST_LAYERS = 10_000
 # What an index of torch's kernels holds.
 LARGEST_SIZE = 2**31 - 1
+YARN_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 LATENT_FLAGS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
@@ -79,6 +80,19 @@ class ModelConfig:
     """Channels of a query and key head that are; all heads share those of the key."""
     v_head_dim: int = 128
     """Channels of a value head."""
+    rotary_scaling_factor: float | None = None
+    """Stretch the rotary frequencies of --multi-latent-attention by YaRN (arXiv 2309.00071), for texts that are so many
+    times longer (DeepSeek-V3: 40). Default: not."""
+    original_max_position_embeddings: int = 4096
+    """YaRN: tokens of the texts that the model saw before."""
+    beta_fast: float = 32.0
+    """YaRN: frequencies that turn this often in such a text stay as they are."""
+    beta_slow: float = 1.0
+    """YaRN: those that turn less often than this are stretched whole; those between are mixed."""
+    mscale: float = 1.0
+    """YaRN: rotated channels grow by (0.1 x mscale x ln factor + 1) / (0.1 x mscale-all-dim x ln factor + 1)."""
+    mscale_all_dim: float = 0.0
+    """YaRN: attention scores grow by (0.1 x mscale-all-dim x ln factor + 1)^2 (DeepSeek-V3: 1, as --mscale)."""
     attention_weight_reuse_prob: float = 1.0
     """Probability that a layer computes its attention weights; otherwise it takes those of the layer before (HunYuan
     1T: 0.5). Drawn for every layer and micro-batch, in training only; attention dropout is drawn anew on weights that
@@ -132,6 +146,7 @@ class ModelConfig:
             "attention_weight_reuse_span",
             "cla_share_factor",
             "num_domains",
+            "original_max_position_embeddings",
             *LATENT_FLAGS,
         )
         reuse = self.attention_weight_reuse_prob
@@ -187,9 +202,24 @@ class ModelConfig:
                 f"{self.seq_length}"
             )
 
+    def _check_yarn(self) -> None:
+        factor = self.rotary_scaling_factor
+        if factor is None:
+            for name in YARN_FLAGS:
+                value = getattr(self, name)
+                if value != getattr(type(self), name):
+                    raise ConfigError(f"{flag_name(name)} {value}: needs --rotary-scaling-factor")
+            return
+        require(1.0 <= factor < math.inf, "rotary_scaling_factor", factor, "at least 1")
+        require(0.0 < self.beta_slow < math.inf, "beta_slow", self.beta_slow, "greater than 0")
+        require(self.beta_slow < self.beta_fast < math.inf, "beta_fast", self.beta_fast, "greater than --beta-slow")
+        for name in ("mscale", "mscale_all_dim"):
+            require(0.0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+
     def _check_latent(self) -> None:
+        self._check_yarn()
         if not self.multi_latent_attention:
-            for name in LATENT_FLAGS:
+            for name in (*LATENT_FLAGS, "rotary_scaling_factor"):
                 value = getattr(self, name)
                 if value != getattr(type(self), name):
                     raise ConfigError(f"{flag_name(name)} {value}: needs --multi-latent-attention")

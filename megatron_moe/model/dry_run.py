@@ -46,6 +46,8 @@ def _model(run: RunConfig) -> list[str]:
     positions = model.position_embedding_type + (
         f" (scaled by {model.rope_scaling_factor:g})" if model.use_rope_scaling else ""
     )
+    if model.rotary_scaling_factor is not None:
+        positions += f" (YaRN, scaled by {model.rotary_scaling_factor:g})"
     biases = "no biases" if model.disable_bias_linear else "biases"
     tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
     lines = [

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-from megatron_moe.config.model import LATENT_FLAGS, ModelConfig
+from megatron_moe.config.model import LATENT_FLAGS, YARN_FLAGS, ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.routing import RoutingConfig
 from megatron_moe.config.run import RunConfig
@@ -177,9 +177,10 @@ def _latent(model: ModelConfig) -> tuple[type[PyramidTransformerConfig], dict[st
         "multi_latent_attention": True,
         **{name: getattr(model, name) for name in LATENT_FLAGS},
         "normalise_latents": model.qk_layernorm,
-        "rope_type": "rope",
+        "rope_type": "rope" if model.rotary_scaling_factor is None else "yarn",
         "rotary_base": model.rotary_base,
-        "rotary_scaling_factor": 1.0,
+        "rotary_scaling_factor": model.rotary_scaling_factor or 1.0,
+        **{name: getattr(model, name) for name in YARN_FLAGS},
     }
 
 

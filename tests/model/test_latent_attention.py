@@ -91,9 +91,10 @@ def test_recompute_changes_nothing() -> None:
 
 
 def test_cached_text_equals_uncached(tmp_path: Path, tiny_data: Path) -> None:
-    """Logits over a text with a cache, and greedy continuations in every way; queries have no latent vector. Two ranks
-    wrote the checkpoint."""
-    folder = train(tmp_path / "run", tiny_data, 2, **LATENT | PLAIN_QUERY, tensor_model_parallel_size=2)
+    """Logits over a text with a cache, and greedy continuations in every way; queries have no latent vector, and
+    frequencies are stretched. Two ranks wrote the checkpoint."""
+    flags = LATENT | PLAIN_QUERY | {"rotary_scaling_factor": 4.0, "original_max_position_embeddings": 16}
+    folder = train(tmp_path / "run", tiny_data, 2, **flags, tensor_model_parallel_size=2)
     error, size = run_ranks(1, cache_error, folder)[0]
     assert error < 2e-5 * size
     ways = run_ranks(1, greedy_ways, folder)[0]
@@ -168,6 +169,13 @@ ROPE = "--position-embedding-type rope "
         (BASE + ROPE + "--attention-weight-reuse-prob 0.5", "--attention-weight-reuse-prob 0.5: cannot be combined"),
         (BASE + ROPE + "--use-rope-scaling", "--use-rope-scaling: cannot be combined"),
         (BASE + ROPE + "--qk-pos-emb-head-dim 3", "--qk-pos-emb-head-dim 3: must be even"),
+        ("--rotary-scaling-factor 4", "--rotary-scaling-factor 4.0: needs --multi-latent-attention"),
+        (BASE + ROPE + "--mscale 0.5", "--mscale 0.5: needs --rotary-scaling-factor"),
+        (BASE + ROPE + "--rotary-scaling-factor 0.5", "--rotary-scaling-factor 0.5: must be at least 1"),
+        (
+            BASE + ROPE + "--rotary-scaling-factor 4 --beta-fast 0.5",
+            "--beta-fast 0.5: must be greater than --beta-slow",
+        ),
         ("--kv-lora-rank 64", "--kv-lora-rank 64: needs --multi-latent-attention"),
         (
             BASE + ROPE + "--q-lora-rank 33 --tensor-model-parallel-size 2",

@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config
 
 from megatron_moe.checkpoint.hf.families.deepseek_v3 import FAMILY
 from megatron_moe.config.base import UserError
+from megatron_moe.config.model import LATENT_FLAGS, YARN_FLAGS
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
 from tests.helpers.hf_parity import TOLERANCE, VOCABULARY, export, import_, moe_like, one_process
@@ -37,11 +38,22 @@ FULL: dict[str, Any] = {
     "moe_router_topk_scaling_factor": 2.5,
     "moe_shared_expert_intermediate_size": 80,
 }
+# Frequencies that stay, are mixed and are stretched are among the six.
+YARN: dict[str, Any] = {
+    "rotary_scaling_factor": 40.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
 EXPORTS: dict[str, dict[str, Any]] = {
     "all of it": FULL,
     "plain queries, no shared expert, no bias": {"q_lora_rank": None, "rotary_base": 500000},
+    "YaRN as DeepSeek has it": {**YARN, "mscale": 0.9, "mscale_all_dim": 0.9},
+    "YaRN with another size": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7},
+    "YaRN as its paper has it": YARN,
     "one expert a token, narrow shared expert": {"moe_router_topk": 1, "moe_shared_expert_intermediate_size": 24},
 }
+PRETRAINED = {"original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -85,7 +97,11 @@ def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"n_shared_experts": 2}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}],
+    [
+        {"n_shared_experts": 2},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, "factor": 8.0, **PRETRAINED}},
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True},
+    ],
 )
 def test_their_model_as_ours(config: dict[str, Any], tmp_path: Path) -> None:
     result = import_(FAMILY, DeepseekV3Config(**SIZES | config), tmp_path / "hf")
@@ -96,13 +112,14 @@ def test_their_model_as_ours(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_run_comes_back_from_its_config() -> None:
-    run = run_of("all of it")
-    again = build_run(FAMILY.flags(FAMILY.config(run)))
-    for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "head_dim"):
-        assert getattr(again.model, name) == getattr(run.model, name), name
-    for name, value in FULL.items():
-        if name.startswith("moe"):
-            assert getattr(again.moe, name) == value, name
+    for kind in EXPORTS:
+        run = run_of(kind)
+        again = build_run(FAMILY.flags(FAMILY.config(run)))
+        for name in (*LATENT_FLAGS, "head_dim", "rotary_scaling_factor", *YARN_FLAGS):
+            assert getattr(again.model, name) == getattr(run.model, name), name
+        for name, value in EXPORTS[kind].items():
+            if name.startswith("moe") and "shared" not in name:
+                assert getattr(again.moe, name) == value, name
 
 
 @pytest.mark.parametrize(
@@ -110,6 +127,7 @@ def test_a_run_comes_back_from_its_config() -> None:
     [
         ({"qk_layernorm": False}, "no --qk-layernorm: DeepseekV3ForCausalLM has a norm"),
         ({"norm_epsilon": 1e-5}, "--norm-epsilon 1e-05: DeepseekV3ForCausalLM normalises latent vectors with 1e-06"),
+        ({**YARN, "mscale": 0.5}, "--mscale 0.5 --mscale-all-dim 0: DeepseekV3ForCausalLM takes 1 and 0"),
         ({"moe_layer_freq": (1, 0)}, "dense layer 2: DeepseekV3ForCausalLM has dense layers only before all others"),
         (
             {"num_experts": (8,), "moe_router_topk": 2, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
@@ -137,6 +155,15 @@ def test_a_model_without_latent_vectors_is_none() -> None:
         ({"attention_bias": True}, "attention_bias true: must be false"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05: must be 1e-06"),
         ({"num_key_value_heads": 64}, "num_key_value_heads 64: must be null or 128"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 40, **PRETRAINED, "attention_factor": 1.1}},
+            "attention_factor 1.1: must be null",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 40, **PRETRAINED, "mscale_all_dim": None}},
+            "mscale_all_dim null: must be a number greater than 0",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "original_max_position_embeddings null: must be a whole"),
         ({"topk_method": "greedy"}, "topk_method greedy: must be null or noaux_tc"),
         ({"topk_group": 2}, "topk_group 2: must be num_experts_per_tok 8 / 2"),
         ({"first_k_dense_replace": 61}, "first_k_dense_replace 61: must be less than num_hidden_layers 61"),

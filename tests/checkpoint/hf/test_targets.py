@@ -178,6 +178,14 @@ def test_every_flag_is_in_one_of_the_lists(section: type) -> None:
     assert sorted([*MATTERS[section], *MATTERS_NOT[section]]) == sorted(fields)
 
 
+# What DeepSeek-V3's class computes.
+DEEPSEEK: dict[str, Any] = {
+    "num_query_groups": None,
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "norm_epsilon": 1e-6,
+    "moe_router_score_function": "sigmoid",
+}
 MATTERING: dict[str, dict[str, Any]] = {
     "num_layers": {"num_layers": 3},
     "hidden_size": {"hidden_size": 128},
@@ -207,6 +215,17 @@ MATTERING: dict[str, dict[str, Any]] = {
     "qk_head_dim": {"num_query_groups": None, "multi_latent_attention": True, "qk_head_dim": 24},
     "qk_pos_emb_head_dim": {"num_query_groups": None, "multi_latent_attention": True, "qk_pos_emb_head_dim": 8},
     "v_head_dim": {"num_query_groups": None, "multi_latent_attention": True, "v_head_dim": 24},
+    **{
+        flag: DEEPSEEK | {"rotary_scaling_factor": 8.0, "mscale": 1.1, "mscale_all_dim": 0.9, flag: value}
+        for flag, value in {
+            "rotary_scaling_factor": 4.0,
+            "original_max_position_embeddings": 100,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.7,
+        }.items()
+    },
     "cla_share_factor": {"cla_share_factor": 2},
     "domain_embedding": {"num_domains": 2, "domain_embedding": True},
     "vocab_size": {"vocab_size": 300},

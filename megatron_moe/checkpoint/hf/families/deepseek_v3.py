@@ -13,6 +13,7 @@ from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags, renormalised
 from megatron_moe.checkpoint.hf.families.glm4_moe import choice_bias, group_flags, padded_shared, shared_experts
 from megatron_moe.checkpoint.hf.families.native import NativeFamily, known_gate, sums_to_one
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
@@ -72,6 +73,11 @@ class DeepseekV3(NativeFamily):
         if epsilon != LATENT_EPSILON:
             always = f"{self.architecture} normalises latent vectors with {LATENT_EPSILON:g}"
             found += (f"--norm-epsilon {epsilon:g}: {always}",)
+        scales = (run.model.mscale, run.model.mscale_all_dim)
+        # transformers' _compute_yarn_parameters takes both or none.
+        if 0.0 in scales and scales != (1.0, 0.0):
+            given = f"--mscale {scales[0]:g} --mscale-all-dim {scales[1]:g}"
+            found += (f"{given}: {self.architecture} takes 1 and 0, or none that is 0",)
         return found
 
     def config(self, run: RunConfig) -> dict[str, Any]:
@@ -80,6 +86,7 @@ class DeepseekV3(NativeFamily):
         groups, used = gate.groups or (1, 1)
         return {
             **common_config(run),
+            **yarn_config(model),
             "intermediate_size": model.ffn_size,
             "moe_intermediate_size": run.expert_ffn_size,
             "n_routed_experts": layout.max_experts,
@@ -107,7 +114,8 @@ class DeepseekV3(NativeFamily):
 
     def flags(self, config: HfConfig) -> dict[str, dict[str, Any]]:
         """The sections that make the same model; layers that predict later tokens are left out."""
-        fields = Fields({**config, "head_dim": None}, self.defaults, self.aliases)
+        plain, yarn = without_yarn(config)
+        fields = Fields({**plain, "head_dim": None}, self.defaults, self.aliases)
         fields.only("attention_bias", False, why="projections down have no biases")
         fields.only("rope_interleave", True, why="rotated channels stand in pairs")
         fields.only("rms_norm_eps", LATENT_EPSILON, why="that of the latent vectors, whatever this says")
@@ -122,6 +130,7 @@ class DeepseekV3(NativeFamily):
             "qk_head_dim": fields.whole("qk_nope_head_dim"),
             "qk_pos_emb_head_dim": fields.whole("qk_rope_head_dim", least=2),
             "v_head_dim": fields.whole("v_head_dim"),
+            **yarn,
         }
         for name in ("num_query_groups", "kv_channels"):
             del model[name]
@@ -164,6 +173,47 @@ class DeepseekV3(NativeFamily):
         """The biases on the choice."""
         layers = range(expert_layout(run).moe_layers[0] - 1, run.model.num_layers)
         return frozenset(f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in layers)
+
+
+def yarn_config(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says of frequencies stretched by YaRN, by the names of transformers 5 and by the older ones."""
+    if model.rotary_scaling_factor is None:
+        return {}
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": model.rotary_scaling_factor}
+    scaling |= {name: getattr(model, name) for name in ("original_max_position_embeddings", "beta_fast", "beta_slow")}
+    if model.mscale_all_dim:
+        scaling |= {"mscale": model.mscale, "mscale_all_dim": model.mscale_all_dim}
+    theta = float(model.rotary_base)
+    return {"rope_parameters": {**scaling, "rope_theta": theta}, "rope_scaling": {**scaling, "type": "yarn"}}
+
+
+def without_yarn(config: HfConfig) -> tuple[HfConfig, dict[str, Any]]:
+    """The config as if its frequencies were not stretched by YaRN, and the flags that say that they are.
+
+    Raises:
+        UserError: they are stretched in a way that no flag says.
+    """
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name)
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "yarn":
+        return config, {}
+    given = Fields(rope, {"beta_fast": 32, "beta_slow": 1, "truncate": True})
+    given.only("truncate", True, None, why="bounds are whole channels")
+    given.only("attention_factor", None, why="it follows from factor, mscale and mscale_all_dim")
+    flags: dict[str, Any] = {
+        "rotary_scaling_factor": given.number("factor"),
+        "original_max_position_embeddings": given.whole("original_max_position_embeddings"),
+        "beta_fast": given.number("beta_fast"),
+        "beta_slow": given.number("beta_slow"),
+    }
+    if given.get("mscale") or given.get("mscale_all_dim"):
+        flags |= {key: given.number(key) for key in ("mscale", "mscale_all_dim")}
+    theta = {} if rope.get("rope_theta") is None else {"rope_theta": rope["rope_theta"]}
+    kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
+    other = config.get("rope_parameters")
+    if not theta and isinstance(other, dict) and other.get("rope_theta") is not None:
+        theta = {"rope_theta": other["rope_theta"]}
+    return {**kept, **theta}, flags
 
 
 def latent_attention(run: RunConfig, layer: int, theirs: str) -> list[Block]:
