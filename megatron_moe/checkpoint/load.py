@@ -14,7 +14,7 @@ from megatron_moe.checkpoint.layout import CONFIG_FILE, WEIGHTS_ONLY, find_check
 from megatron_moe.checkpoint.optimizer_state import OptimizerLoad
 from megatron_moe.checkpoint.same_model import check_same_model
 from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
-from megatron_moe.checkpoint.torch_metadata import read_metadata
+from megatron_moe.checkpoint.torch_metadata import check_folder, read_metadata
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.parameters import count_parameters
@@ -106,7 +106,7 @@ def check_stored_size(run: RunConfig, folder: Path) -> None:
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
-    safe_reader.check_folder(folder)
+    check_folder(folder)
     replace.apply(safe_reader.REPLACEMENTS)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -136,7 +136,7 @@ def _progress(common: dict[str, Any], folder: Path) -> Progress:
 
 def _read(wanted: dict[str, Any], model: list[Any], folder: Path) -> dict[str, Any]:
     """Load the wanted parts; nothing that was asked for may be missing, and no weight may be left over."""
-    safe_reader.check_folder(folder)
+    check_folder(folder)
     replace.apply(safe_reader.REPLACEMENTS)
     keep_in_place(wanted)
     with safe_reader.parts_read() as parts:

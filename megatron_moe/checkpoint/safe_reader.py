@@ -8,14 +8,12 @@ Three of upstream's ways to read are replaced: `.metadata` is pickle.load in tor
 
 import contextlib
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -29,9 +27,6 @@ from megatron_moe.checkpoint.stored_tensor import find_tensor, read_box
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError
 from megatron_moe.runtime.replace import Replacement
-
-# megatron/core/dist_checkpointing/strategies/common.py:COMMON_STATE_FNAME, of Megatron before torch_dist.
-LEGACY_COMMON_FILE = "common.pt"
 
 
 class _Bytes(io.BytesIO):
@@ -132,26 +127,6 @@ def load_bytes(planner: Any, item: ReadItem, value: io.BytesIO) -> None:
 def filesystem_reader(checkpoint_dir: Any, cache_metadata: bool = False, async_strategy: str = "mcore") -> SafeReader:
     """`_get_filesystem_reader`; metadata is always cached."""
     return SafeReader(checkpoint_dir)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that upstream would read in an older way, and one whose index is not sound.
-
-    Raises:
-        UserError: the reason.
-    """
-    legacy = folder / LEGACY_COMMON_FILE
-    if legacy.exists():
-        raise UserError(f"{legacy}: no checkpoint of this program holds such a file; remove it, or give another --load")
-    read_metadata(folder)
-    config = folder / CONFIG_FNAME
-    try:
-        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
-            raise UserError(f"{config}: damaged, holds no description of a checkpoint")
-    except OSError as error:
-        raise UserError(f"{config}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{config}: damaged, not JSON ({str(error)[:80]})") from error
 
 
 def user_error(error: BaseException) -> UserError | None:

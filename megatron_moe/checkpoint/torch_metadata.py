@@ -10,6 +10,7 @@ One field is left out: torch 2.15 added `TensorProperties.strides`, which
 `torch.empty`, and that knows no such argument. Nothing reads it.
 """
 
+import json
 import math
 import os
 from functools import lru_cache
@@ -32,6 +33,10 @@ from megatron_moe.checkpoint.safe_pickle import Record, Reference, read_pickle
 from megatron_moe.config.base import UserError
 
 FILE = ".metadata"
+# megatron/core/dist_checkpointing: core.py:CONFIG_FNAME, and strategies/common.py:COMMON_STATE_FNAME, of Megatron before
+# torch_dist. Not imported from there: to convert a checkpoint takes no megatron-core.
+FORMAT_FILE = "metadata.json"
+LEGACY_COMMON_FILE = "common.pt"
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _STORAGE_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
@@ -77,6 +82,26 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; the checkpoint is not whole") from error
     return _read(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that upstream would read in an older way, and one whose index is not sound.
+
+    Raises:
+        UserError: the reason.
+    """
+    legacy = folder / LEGACY_COMMON_FILE
+    if legacy.exists():
+        raise UserError(f"{legacy}: no checkpoint of this program holds such a file; remove it, or give another --load")
+    read_metadata(folder)
+    config = folder / FORMAT_FILE
+    try:
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise UserError(f"{config}: damaged, holds no description of a checkpoint")
+    except OSError as error:
+        raise UserError(f"{config}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config}: damaged, not JSON ({str(error)[:80]})") from error
 
 
 @lru_cache(maxsize=1)

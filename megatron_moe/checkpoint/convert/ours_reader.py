@@ -16,7 +16,7 @@ from megatron_moe.checkpoint.convert.ranges import Files
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.safe_archive import FileSlice, load_archive
 from megatron_moe.checkpoint.stored_tensor import StoredTensor, check_remainder, check_whole, find_tensor, read_box
-from megatron_moe.checkpoint.torch_metadata import read_metadata
+from megatron_moe.checkpoint.torch_metadata import check_folder, read_metadata
 from megatron_moe.config.base import UserError
 
 # What a checkpoint holds beside the model (`checkpoint/save.py`).
@@ -47,9 +47,6 @@ class OursSource:
 
     def __init__(self, folder: Path, *, ours: bool = True) -> None:
         if ours:
-            # Not at the top: the processes that read tensors need no megatron-core, which takes seconds to import.
-            from megatron_moe.checkpoint.safe_reader import check_folder
-
             check_folder(folder)
         metadata = read_metadata(folder)
         self._files = Files(folder)

@@ -32,12 +32,15 @@ from megatron_moe.checkpoint.convert.ranges import Files, are_of_size, interleav
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.layout import LATEST_FILE, WEIGHTS_ONLY, checkpoint_folder
 from megatron_moe.checkpoint.torch_metadata import FILE as METADATA_FILE
+from megatron_moe.checkpoint.torch_metadata import FORMAT_FILE
 from megatron_moe.config.base import disk_error
 
 PIECE_BYTES = 128 << 20
 # Processes that write into one file wait for each other.
 _FILE_BYTES = 10**9
 _COMMON = "common_state/shard_0_1"
+# megatron/core/dist_checkpointing/core.py:CheckpointingConfig.
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +132,7 @@ class OursWriter:
         self._files.close()
         try:
             (self.folder / METADATA_FILE).write_bytes(pickle.dumps(self._metadata()))
-            # megatron/core/dist_checkpointing/core.py:CheckpointingConfig.
-            config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-            (self.folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+            (self.folder / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
             (self._run_folder / LATEST_FILE).write_text("0\n", encoding="utf-8")
         except OSError as error:
             raise disk_error(str(self.folder), error) from error

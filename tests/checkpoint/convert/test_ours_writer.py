@@ -1,6 +1,9 @@
 """What the streaming writer writes is a checkpoint like any other: every layout loads it, bit for bit."""
 
+import subprocess
+import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,11 @@ from megatron_moe.checkpoint.convert.archive import archive_length, write_archiv
 from megatron_moe.checkpoint.convert.blocks import whole
 from megatron_moe.checkpoint.convert.describe import describe
 from megatron_moe.checkpoint.convert.ours_reader import OursSource
-from megatron_moe.checkpoint.convert.ours_writer import OursWriter
+from megatron_moe.checkpoint.convert.ours_writer import FORMAT, OursWriter
 from megatron_moe.checkpoint.convert.ranges import Files
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.layout import CONFIG_FILE, find_checkpoint
+from megatron_moe.checkpoint.torch_metadata import FORMAT_FILE, LEGACY_COMMON_FILE
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import save_run
@@ -148,3 +152,21 @@ def test_damage_is_found(tmp_path: Path) -> None:
     source = OursSource(find_checkpoint(tmp_path))
     with pytest.raises(UserError, match="damaged"):
         [source.read(whole(name, info.shape)) for name, info in source.infos.items()]
+
+
+def test_upstream_calls_its_files_the_same() -> None:
+    from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    assert (FORMAT_FILE, LEGACY_COMMON_FILE) == (CONFIG_FNAME, COMMON_STATE_FNAME)
+    strategy = TorchDistSaveShardedStrategy()
+    assert asdict(CheckpointingConfig(strategy.backend, strategy.version)) == FORMAT
+
+
+def test_reading_a_checkpoint_imports_no_megatron_core() -> None:
+    """It takes seconds, in each process of a conversion."""
+    program = "import sys; from megatron_moe.checkpoint.convert import ours_reader, ours_writer, stream; "
+    program += "print(sorted(name for name in sys.modules if name.startswith('megatron.')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
