@@ -141,6 +141,11 @@ CASES: dict[str, dict[str, Any]] = {
         "qk_pos_emb_head_dim": 4,
         "v_head_dim": 6,
         "qk_layernorm": True,
+        "rotary_scaling_factor": 8.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
     },
     "latent without norms": {
         "multi_latent_attention": True,

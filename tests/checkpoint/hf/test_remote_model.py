@@ -371,6 +371,7 @@ def test_wrong_inputs_are_named(exported: Get) -> None:
         ("quantization_config", {"bits": 4}, "quantization_config"),
         ("num_attention_heads", 0, "config.json"),
         ("qk_norm", "latent", "qk_norm latent: must be null, head or projection"),
+        ("rotary_yarn", {"factor": 4.0}, "rotary_yarn .*: must be null"),
         ("kv_lora_rank", 8, "attention_bias true: must be false"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, FAMILY
-from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.model import LATENT_FLAGS, YARN_FLAGS, ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.routing import RoutingConfig
 from tests.helpers.hf_parity import TOLERANCE, one_process, real_ids
@@ -177,6 +177,12 @@ EXPRESSED: dict[str, Any] = {
     "qk_head_dim": 12,
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 12,
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 0.5,
+    "mscale_all_dim": 0.5,
     "cla_share_factor": 2,
     "num_domains": 4,
     "domain_names": ("a", "b", "c"),
@@ -217,7 +223,8 @@ EXPRESSED: dict[str, Any] = {
 LATENT = {"position_embedding_type": "rope", "multi_latent_attention": True}
 NEEDS: dict[str, dict[str, Any]] = {
     "multi_latent_attention": {"position_embedding_type": "rope"},
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"), LATENT),
+    **dict.fromkeys((*LATENT_FLAGS, "rotary_scaling_factor"), LATENT),
+    **dict.fromkeys(YARN_FLAGS, LATENT | {"rotary_scaling_factor": 8.0}),
     "rotary_base": {"position_embedding_type": "rope"},
     "rotary_percent": {"position_embedding_type": "rope"},
     "use_rope_scaling": {"position_embedding_type": "rope"},

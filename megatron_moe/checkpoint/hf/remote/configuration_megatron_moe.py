@@ -57,6 +57,8 @@ class MegatronMoeConfig(PreTrainedConfig):
         rotary_base: base period of the rotary embeddings.
         rotary_percent: fraction of a head's channels that is rotated.
         rotary_scaling_factor: frequencies are stretched by this, as Llama 3.1 does it; None: they are not.
+        rotary_yarn: frequencies stretched by YaRN, with latent attention only: `factor`,
+            `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `mscale` and `mscale_all_dim`; None: not so.
         kv_share_factor: layers 0, K, 2K, ... have keys and values, the layers between use them.
         num_domains: domains of the text that `domain_ids` tells apart.
         domain_names: their names in the order of their numbers.
@@ -119,6 +121,7 @@ class MegatronMoeConfig(PreTrainedConfig):
         rotary_base: float = 10000.0,
         rotary_percent: float = 1.0,
         rotary_scaling_factor: float | None = None,
+        rotary_yarn: dict[str, float] | None = None,
         kv_share_factor: int = 1,
         num_domains: int | None = None,
         domain_names: list[str] | None = None,
@@ -180,6 +183,7 @@ class MegatronMoeConfig(PreTrainedConfig):
         self.rotary_base = rotary_base
         self.rotary_percent = rotary_percent
         self.rotary_scaling_factor = rotary_scaling_factor
+        self.rotary_yarn = rotary_yarn
         self.kv_share_factor = kv_share_factor
         self.num_domains = num_domains
         self.domain_names = domain_names

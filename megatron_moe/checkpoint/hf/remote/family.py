@@ -23,7 +23,7 @@ from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, SOURCE, Fields, check_storage
 from megatron_moe.config.attention import is_cross_layer
 from megatron_moe.config.base import UserError
-from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.model import YARN_FLAGS, ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.expert_residual import EXPANSION
 from megatron_moe.moe.layout import expert_layout
@@ -178,7 +178,13 @@ def _attention_fields(model: ModelConfig) -> dict[str, Any]:
         "qk_nope_head_dim": model.qk_head_dim,
         "qk_rope_head_dim": model.qk_pos_emb_head_dim,
         "v_head_dim": model.v_head_dim,
+        "rotary_yarn": _yarn_fields(model),
     }
+
+
+def _yarn_fields(model: ModelConfig) -> dict[str, float] | None:
+    factor = model.rotary_scaling_factor
+    return None if factor is None else {"factor": factor, **{name: getattr(model, name) for name in YARN_FLAGS}}
 
 
 def _activation(model: ModelConfig) -> str:
@@ -266,6 +272,7 @@ def _head_flags(fields: Fields) -> dict[str, Any]:
     norm, bias, qkv_bias = fields.get("qk_norm"), fields.flag("linear_bias"), fields.flag("attention_bias")
     if norm == "latent":
         raise fields.refuse("qk_norm", "null, head or projection without kv_lora_rank")
+    fields.only("rotary_yarn", None, why="kv_lora_rank is not given")
     if bias and not qkv_bias:
         raise fields.refuse("attention_bias", "true where linear_bias is")
     return {
@@ -289,8 +296,24 @@ def _latent_flags(fields: Fields) -> dict[str, Any]:
         "qk_head_dim": fields.whole("qk_nope_head_dim"),
         "qk_pos_emb_head_dim": fields.whole("qk_rope_head_dim"),
         "v_head_dim": fields.whole("v_head_dim"),
+        **_yarn_flags(fields),
         "qk_layernorm": fields.get("qk_norm") is not None,
     }
+
+
+def _yarn_flags(fields: Fields) -> dict[str, Any]:
+    given = fields.get("rotary_yarn")
+    if given is None:
+        return {}
+    names = {"factor", *YARN_FLAGS}
+    numbers = isinstance(given, dict) and all(type(value) in (int, float) for value in given.values())
+    if not numbers or given.keys() != names:
+        raise fields.refuse("rotary_yarn", f"null, or numbers for {', '.join(sorted(names))}")
+    length = given["original_max_position_embeddings"]
+    if length != int(length):
+        raise fields.refuse("rotary_yarn", "with a whole original_max_position_embeddings")
+    flags = {name: float(given[name]) for name in YARN_FLAGS}
+    return flags | {"rotary_scaling_factor": float(given["factor"]), "original_max_position_embeddings": int(length)}
 
 
 def _activation_flags(fields: Fields) -> dict[str, bool]:

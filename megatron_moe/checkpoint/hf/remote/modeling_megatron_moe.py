@@ -55,6 +55,8 @@ def rotary_frequencies(config: MegatronMoeConfig, device: torch.device) -> Tenso
     width = config.qk_rope_head_dim if latent else int(config.head_dim * config.rotary_percent)
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / (config.rotary_base ** (steps / width))
+    if config.rotary_yarn is not None:
+        return yarn_frequencies(config, config.rotary_yarn, frequencies, width)
     factor = config.rotary_scaling_factor
     if factor is None:
         return frequencies
@@ -66,11 +68,35 @@ def rotary_frequencies(config: MegatronMoeConfig, device: torch.device) -> Tenso
     return torch.where(between, (1 - mix) * stretched / factor + mix * stretched, stretched)
 
 
+def yarn_frequencies(config: MegatronMoeConfig, yarn: dict[str, float], frequencies: Tensor, width: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): fast frequencies stay, slow ones are stretched, those between are mixed."""
+
+    def channel(turns: float) -> float:
+        """The pair of channels that turns this often in a text of the length the model first saw."""
+        length = yarn["original_max_position_embeddings"]
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(channel(yarn["beta_fast"])), 0)
+    high: float = min(math.ceil(channel(yarn["beta_slow"])), width - 1)
+    if low == high:
+        high += 0.001
+    places = torch.arange(width // 2, dtype=torch.float32, device=frequencies.device)
+    stays = 1.0 - ((places - low) / (high - low)).clamp(0, 1)
+    return frequencies / yarn["factor"] * (1 - stays) + frequencies * stays
+
+
+def yarn_scale(config: MegatronMoeConfig, name: str) -> float:
+    """By how much YaRN's `mscale` or `mscale_all_dim` enlarges; 1 without it."""
+    yarn = config.rotary_yarn
+    return 1.0 if yarn is None or yarn["factor"] <= 1 else 0.1 * yarn[name] * math.log(yarn["factor"]) + 1.0
+
+
 def rotary_tables(config: MegatronMoeConfig, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, S, rotated channels], fp32."""
     angles = positions_BS[..., None].float() * rotary_frequencies(config, positions_BS.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    size = yarn_scale(config, "mscale") / yarn_scale(config, "mscale_all_dim")
+    return angles.cos() * size, angles.sin() * size
 
 
 def rotate(x_BHSD: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -248,7 +274,7 @@ class MegatronMoeLatentAttention(nn.Module):
         self.layer_idx = layer_idx
         self.num_key_value_groups = 1
         self.plain, self.rotated, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.scaling = (self.plain + self.rotated) ** -0.5
+        self.scaling = yarn_scale(config, "mscale_all_dim") ** 2 * (self.plain + self.rotated) ** -0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         hidden, heads, rank, latent = (
