@@ -27,7 +27,7 @@ export PY
 
 help: ## list the targets
 	@echo "usage: make TARGET"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 	@echo "variables: PYTHON=python3 (to make .venv with)  NO_VENV=1 (use PYTHON as it is, install nothing)"
 	@echo "           PYTEST_ARGS=\"-k router\"  WORKERS=2 (tests at a time)"
 

@@ -49,6 +49,7 @@ class Block:
 
     Sizes agree once axes of length 1 in front are left out; with `transposed` the last two axes are swapped. Where one
     side is None, the other's box holds `fill` everywhere, and conversion to the side that has nothing leaves it out.
+    With `implied` their files need not hold it.
     """
 
     ours: Box | None
@@ -56,6 +57,7 @@ class Block:
     transposed: bool = False
     scale: float = 1.0
     fill: float = 0.0
+    implied: bool = False
 
     def side(self, side: Side) -> Box | None:
         """The box of one side."""
@@ -131,9 +133,12 @@ def cut_rows(ours: str, theirs: str, padded: int, kept: int, rest: Sequence[int]
     return blocks
 
 
-def only_theirs(name: str, shape: Sequence[int], fill: float = 0.0) -> list[Block]:
-    """A tensor that only their class has, and that must hold one number everywhere for the models to be the same."""
-    return [Block(None, whole(name, shape), fill=fill)]
+def only_theirs(name: str, shape: Sequence[int], fill: float = 0.0, *, implied: bool = False) -> list[Block]:
+    """A tensor that only their class has, and that must hold one number everywhere for the models to be the same.
+
+    `implied`: their files may leave it out, which means the same.
+    """
+    return [Block(None, whole(name, shape), fill=fill, implied=implied)]
 
 
 def only_ours(name: str, shape: Sequence[int], fill: float = 0.0) -> list[Block]:

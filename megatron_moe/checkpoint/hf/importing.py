@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.convert.blocks import Block, Box
@@ -40,23 +41,35 @@ _STEP = 0
 
 
 class RenamedSource:
-    """A source under other names; what has none is left out.
+    """A source under other names; what has none is left out, and what the files only imply is there.
 
     Args:
         source: the files.
         names: new name -> name in the files.
+        blocks: the map of their class.
     """
 
-    def __init__(self, source: Files, names: Mapping[str, str]) -> None:
+    def __init__(self, source: Files, names: Mapping[str, str], blocks: Iterable[Block] = ()) -> None:
         self._source, self._names = source, dict(names)
         self.infos: dict[str, TensorInfo] = {new: source.infos[old] for new, old in names.items()}
+        dtype = next((info.dtype for info in self.infos.values() if info.dtype.is_floating_point), torch.float32)
+        self._implied: dict[str, float] = {}
+        for block in blocks:
+            if block.implied and block.theirs is not None and block.theirs.name not in names:
+                self._implied[block.theirs.name] = block.fill
+                self.infos[block.theirs.name] = TensorInfo(block.theirs.size, dtype)
 
     def read(self, box: Box) -> Tensor:
         """A part of a tensor."""
+        if box.name in self._implied:
+            return torch.full(box.size, self._implied[box.name], dtype=self.infos[box.name].dtype)
         return self._source.read(dataclasses.replace(box, name=self._names[box.name]))
 
     def read_into(self, box: Box, out: Tensor) -> None:
         """A part of a tensor, into contiguous memory of its dtype and size."""
+        if box.name in self._implied:
+            out.fill_(self._implied[box.name])
+            return
         self._source.read_into(dataclasses.replace(box, name=self._names[box.name]), out)
 
 
@@ -99,7 +112,7 @@ def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
     files: Files = SafetensorsSource(folder)
     if has_names_of_memory(files):
         files = UsualNames(files, family.model_type)
-    return RenamedSource(files, names_in_files(family, run, files.infos))
+    return RenamedSource(files, names_in_files(family, run, files.infos), family.blocks(run))
 
 
 def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:

@@ -139,7 +139,7 @@ IMPORTS: dict[str, tuple[Family, str, dict[str, Any]]] = {
     "mixtral": (MIXTRAL, "mixtral", {"rope_theta": 5e5}),
     "mixtral, tied": (MIXTRAL, "mixtral", {"tie_word_embeddings": True, "num_experts_per_tok": 3, "head_dim": 24}),
     "qwen2": (QWEN2, "qwen2_moe", {}),
-    "qwen2, sums to 1": (QWEN2, "qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False, "mlp_only_layers": [1]}),
+    "qwen2, sums to 1": (QWEN2, "qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3": (QWEN3, "qwen3_moe", {"decoder_sparse_step": 2}),
     "qwen3, sums to 1": (QWEN3, "qwen3_moe", {"norm_topk_prob": True}),
     "granite": (GRANITE, "granitemoeshared", {}),

@@ -1,8 +1,13 @@
 """Qwen2-MoE, the class that holds most: weights that sum to 1 or not, one expert a token or more, dense layers
 anywhere, biases on queries, keys and values, and a shared expert with a sigmoid gate.
 
-It always has that shared expert. Without a gate ours is there with a gate of zeros, which makes 1/2 of it, and a second
-matrix twice as large: exact in every binary format. Without any, a narrow one of zeros adds nothing.
+It always has that shared expert. Without a gate ours is there with a gate that makes 1/2 of it, and a second matrix
+twice as large: exact in every binary format. Without any, a narrow one of zeros adds nothing.
+
+Two habits of programs that serve it decide what is written where our model has nothing (tests/serving):
+- vLLM's class has biases of queries, keys and values whatever `qkv_bias` says, and leaves them as memory was when the
+  files lack them. So they are always there, zeros if need be. Files without them are read all the same.
+- llama.cpp computes sigmoid(x) as silu(x) / x, which is no number at 0. So a gate that makes 1/2 is not quite zeros.
 """
 
 from typing import Any, ClassVar
@@ -26,6 +31,9 @@ from megatron_moe.moe.layout import expert_layout
 NO_SHARED_WIDTH = 32
 """Width of the shared expert that a model without one gets: the rows of llama.cpp's quantised formats have at least
 that many numbers."""
+HALF_GATE = 2.0**-60
+"""Weights of a gate that makes exactly 1/2: its logit is some 1e-15, and sigmoid rounds to 1/2 below 1e-7. bfloat16 and
+float32 hold it; in float16 it is 0."""
 
 
 class Qwen2Moe(NativeFamily):
@@ -78,7 +86,7 @@ class Qwen2Moe(NativeFamily):
             "norm_topk_prob": sums_to_one(run),
             "decoder_sparse_step": 1,
             "mlp_only_layers": parts.dense_layers(run),
-            "qkv_bias": model.add_qkv_bias,
+            "qkv_bias": True,
             "use_sliding_window": False,
         }
 
@@ -109,11 +117,23 @@ class Qwen2Moe(NativeFamily):
     def _layer(self, run: RunConfig, layer: int) -> list[Block]:
         theirs = f"model.layers.{layer}."
         blocks = parts.layer_norms(run, layer, theirs) + parts.attention(run, layer, f"{theirs}self_attn.")
+        if not run.model.add_qkv_bias:
+            blocks += _no_biases(run, f"{theirs}self_attn.")
         if not parts.is_moe(run, layer):
             return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
         blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
         blocks += parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
         return blocks + _shared(run, layer, f"{theirs}mlp.")
+
+
+def _no_biases(run: RunConfig, theirs: str) -> list[Block]:
+    model = run.model
+    heads = {"q": model.num_attention_heads, "k": model.query_groups, "v": model.query_groups}
+    return [
+        block
+        for name, count in heads.items()
+        for block in only_theirs(f"{theirs}{name}_proj.bias", (count * model.head_dim,), implied=True)
+    ]
 
 
 def _shared(run: RunConfig, layer: int, theirs: str) -> list[Block]:
@@ -124,7 +144,7 @@ def _shared(run: RunConfig, layer: int, theirs: str) -> list[Block]:
             *only_theirs(f"{expert}gate_proj.weight", (NO_SHARED_WIDTH, hidden)),
             *only_theirs(f"{expert}up_proj.weight", (NO_SHARED_WIDTH, hidden)),
             *only_theirs(f"{expert}down_proj.weight", (hidden, NO_SHARED_WIDTH)),
-            *only_theirs(gate, (1, hidden)),
+            *only_theirs(gate, (1, hidden), HALF_GATE),
         ]
     ours = f"{parts.our_layer(layer)}{path.name}."
     if path.gated:
@@ -132,8 +152,8 @@ def _shared(run: RunConfig, layer: int, theirs: str) -> list[Block]:
             *parts.gated_mlp(ours, expert, hidden, path.width),
             *rename(f"{ours}gate_weight", gate, (1, hidden)),
         ]
-    # sigmoid(0) = 1/2
-    return [*parts.gated_mlp(ours, expert, hidden, path.width, down_scale=2.0), *only_theirs(gate, (1, hidden))]
+    half = only_theirs(gate, (1, hidden), HALF_GATE)
+    return [*parts.gated_mlp(ours, expert, hidden, path.width, down_scale=2.0), *half]
 
 
 FAMILY = Qwen2Moe()
