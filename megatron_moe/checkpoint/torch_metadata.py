@@ -33,8 +33,8 @@ from megatron_moe.checkpoint.safe_pickle import Record, Reference, read_pickle
 from megatron_moe.config.base import UserError
 
 FILE = ".metadata"
-# megatron/core/dist_checkpointing: core.py:CONFIG_FNAME, and strategies/common.py:COMMON_STATE_FNAME, of Megatron before
-# torch_dist. Not imported from there: to convert a checkpoint takes no megatron-core.
+# megatron/core/dist_checkpointing: core.py:CONFIG_FNAME, and strategies/common.py:COMMON_STATE_FNAME, which Megatron
+# had before torch_dist. Not imported from there: to convert a checkpoint takes no megatron-core.
 FORMAT_FILE = "metadata.json"
 LEGACY_COMMON_FILE = "common.pt"
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
