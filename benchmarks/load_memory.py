@@ -10,9 +10,9 @@ sum of the ranks' peaks is printed, which need not have come at the same moment:
 
 `copy`: bytes of what is loaded, stored once. `held`: what the ranks hold together once all is loaded, which is more
 than one copy where ranks keep replicas. `peak`: the most, and `peak/copy` the target of 1.1 where every weight is on
-one rank. `over`: how far the peak lies over what is held, which is what loading takes for itself. Training has buffers for
-gradients, which loading has nothing to do with: they are not in these numbers. `read`: bytes that the ranks read from
-files (`rchar` of /proc/self/io), and the most that one of them did.
+one rank. `over`: how far the peak lies over what is held, which is what loading takes for itself. Training has buffers
+for gradients, which loading has nothing to do with: they are not in these numbers. `read`: bytes that the ranks read
+from files (`rchar` of /proc/self/io), and the most that one of them did.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def load(flags: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, optimizer  # noqa: F401
 
-    from megatron_moe.checkpoint.hf.loading import load_weights
+    from megatron_moe.checkpoint.hf.loading import load_weights, model_of
     from megatron_moe.checkpoint.layout import find_checkpoint
     from megatron_moe.checkpoint.load import load_checkpoint, load_model
     from megatron_moe.runtime.distributed import start
@@ -218,6 +218,9 @@ def load(flags: argparse.Namespace) -> None:
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, load=flags.folder))
     training = flags.rank_kind in ("optimizer", "distributed-optimizer")
     start(run.parallel, trains=training)
+    if flags.rank_kind == "hf":
+        # Imports what it needs of transformers.
+        model_of(Path(flags.folder))
     imports = status()["VmRSS"]
     model, optim, scheduler = build(run, flags.rank_kind)
     gradients = 0

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_moe.checkpoint import flat_states, torch_adam
+from megatron_moe.checkpoint import flat_states, safe_reader, torch_adam
 from megatron_moe.checkpoint.in_place import keep_in_place
 from megatron_moe.runtime import replace
 
@@ -88,7 +88,9 @@ class OptimizerLoad:
             return
         if self._masters:
             keep_in_place(self._masters)
-            loaded = loaded | dist_checkpointing.load({"masters": self._masters}, str(self._folder))["masters"]
+            with safe_reader.parts_read() as parts:
+                loaded = loaded | dist_checkpointing.load({"masters": self._masters}, str(self._folder))["masters"]
+                parts.check_together()
         for place, value in _walk(self._tree):
             if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
                 _put(self._tree, place, loaded[_name(place)])

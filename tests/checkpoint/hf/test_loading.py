@@ -12,6 +12,7 @@ import torch
 
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
+from megatron_moe.config.run import RunConfig
 from tests.helpers.distributed import run_ranks
 from tests.helpers.launch import launch
 from tests.helpers.tiny import data_flags
@@ -149,11 +150,9 @@ def words(folder: Path, data: Path, *more: object) -> list[str]:
 
 
 def tuned(argv: list[str]) -> list[float]:
-    from megatron_moe.config.flags import parse_run
-    from megatron_moe.pretrain import flags_of_loaded
     from tests.helpers.training import train_curve
 
-    run, _ = parse_run(argv, prog="pretrain", description="", loaded=flags_of_loaded)
+    run = run_of(argv)
     assert run.data.tokenizer_model is not None
     assert run.data.tokenizer_model.startswith(argv[1])
     return train_curve(run).losses
@@ -170,6 +169,13 @@ def test_finetuning_starts_from_the_folder_under_any_layout(moe: Given, tiny_dat
     half = run_ranks(2, tuned, words(moe.folder, tiny_data, "--pipeline-model-parallel-size", 2, "--bf16"))[0]
     assert half == pytest.approx(alone, rel=1e-2)
     assert half != alone
+
+
+def run_of(argv: list[str]) -> RunConfig:
+    from megatron_moe.config.flags import parse_run
+    from megatron_moe.pretrain import flags_of_loaded
+
+    return parse_run(argv, prog="pretrain", description="", loaded=flags_of_loaded)[0]
 
 
 def refused(argv: list[str]) -> str:
@@ -191,32 +197,33 @@ def refused(argv: list[str]) -> str:
         ("--moe-router-topk 1", "--moe-router-topk 1: config.json of {folder} says 2; give the same"),
         ("--no-finetune", "--load {folder}: is a Hugging Face checkpoint, which holds weights alone; add --finetune"),
         ("--save {folder}", "--save {folder}: is the Hugging Face folder itself; give another one"),
-        (
-            "--tokenizer-model {folder}/other/tokenizer.json --tokenizer-type HuggingFaceTokenizer",
-            "--tokenizer-model {folder}/other/tokenizer.json: id 700 is",
-        ),
     ],
     ids=lambda value: value.split()[0],
 )
-def test_what_contradicts_the_folder_is_one_line(
-    more: str, message: str, moe: Given, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_what_contradicts_the_folder_is_one_line(more: str, message: str, moe: Given, tiny_data: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run_of(words(moe.folder, tiny_data, *more.format(folder=moe.folder).split()))
+    assert str(caught.value).startswith(message.format(folder=moe.folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_tokenizer_than_the_folders(moe: Given, tiny_data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(moe.folder, tmp_path / "hf"))
     (folder / "other").mkdir()
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     turned = {700: 701, 701: 700}
     content["model"]["vocab"] = {piece: turned.get(at, at) for piece, at in content["model"]["vocab"].items()}
     (folder / "other" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    line = run_ranks(1, refused, words(folder, tiny_data, *more.format(folder=folder).split()))[0]
-    assert line.startswith(message.format(folder=folder)), line
-    assert "\n" not in line
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder / "other" / "tokenizer.json"]
+    line = run_ranks(1, refused, words(folder, tiny_data, *flags))[0]
+    assert line.startswith(f"--tokenizer-model {folder}/other/tokenizer.json: id 700 is"), line
 
 
 def test_no_tokenizer_in_the_folder(moe: Given, tiny_data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(moe.folder, folder, ignore=shutil.ignore_patterns("*token*", "chat*"))
-    line = run_ranks(1, refused, words(folder, tiny_data))[0]
-    assert line.startswith(f"--load {folder}: holds no tokenizer; name one with --tokenizer-model")
+    with pytest.raises(UserError, match=f"--load {folder}: holds no tokenizer; name one with --tokenizer-model"):
+        run_of(words(folder, tiny_data))
     model = data_flags(tiny_data)["tokenizer_model"]
     assert run_ranks(1, refused, words(folder, tiny_data, "--tokenizer-model", model))[0] == "it ran"
 
@@ -252,9 +259,10 @@ def larger_than_the_files(folder: Path) -> None:
 def test_a_damaged_folder_is_one_line(damage: Any, message: str, moe: Given, tiny_data: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(moe.folder, tmp_path / "hf"))
     damage(folder)
-    line = run_ranks(1, refused, words(folder, tiny_data))[0]
-    assert message in line
-    assert "\n" not in line
+    with pytest.raises(UserError) as caught:
+        run_of(words(folder, tiny_data))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_generate_reads_a_folder_and_has_no_steps_in_it(moe: Given, tmp_path: Path) -> None:
