@@ -128,11 +128,18 @@ def check_expert_files(
     """
     by_layer = not any(layer is None for layer, _, _ in files)
     layers: Sequence[tuple[int | None, int]] = list(enumerate(counts)) if by_layer else [(None, max(counts, default=0))]
-    expected = {(layer, expert, rank) for layer, count in layers for expert in range(count) for rank in range(ranks)}
-    for layer, expert, rank in sorted(expected - set(files), key=lambda key: tuple(part or 0 for part in key)):
-        name = f"{'' if layer is None else f'layer_{layer}_'}expert_{expert}_mp_rank_{rank:02d}_model_states.pt"
-        raise UserError(f"{folder / name}: missing; the checkpoint has {len(expected)} files of experts")
-    if left := sorted(path.name for key, path in files.items() if key not in expected):
+    # One after the other up to the first that is missing: the counts may be anything that a file says.
+    wanted = ((layer, expert, rank) for layer, count in layers for expert in range(count) for rank in range(ranks))
+    if (missing := next((key for key in wanted if key not in files), None)) is not None:
+        layer, expert, rank = missing
+        start = "" if layer is None else f"layer_{layer}_"
+        name = f"{start}expert_{expert}_mp_rank_{rank:02d}_model_states.pt"
+        total = ranks * sum(count for _, count in layers)
+        raise UserError(f"{folder / name}: missing; the checkpoint has {total} files of experts")
+    most = dict(layers)
+    if left := sorted(
+        path.name for (layer, expert, rank), path in files.items() if expert >= most.get(layer, 0) or rank >= ranks
+    ):
         raise UserError(
             f"{folder / left[0]}: no such expert in a model with {' '.join(map(str, counts))} experts in its MoE "
             f"layers and {ranks} tensor-parallel rank{'s' if ranks > 1 else ''}"

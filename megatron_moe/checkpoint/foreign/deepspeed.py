@@ -126,7 +126,7 @@ def _states(folder: Path) -> tuple[list[State], dict[str, Any]]:
 
 
 def _sections(settings: Settings, rows: int) -> Values:
-    hidden, layers = settings.whole("hidden_size"), settings.whole("num_layers")
+    hidden, layers = settings.whole("hidden_size"), settings.layers("num_layers")
     heads = settings.whole("num_attention_heads")
     settings.refuse_unless("apply_residual_connection_post_layernorm", False, why="our layers add before the norm")
     settings.refuse_unless("apply_layernorm_1p", False, why="our norms multiply by their weight")

@@ -55,7 +55,8 @@ def megatron_sections(settings: Settings, rows: int) -> Values:
     """
     for name, (legal, why) in _REFUSED.items():
         settings.refuse_unless(name, *legal, why=why)
-    hidden, layers, heads = (settings.whole(name) for name in ("hidden_size", "num_layers", "num_attention_heads"))
+    hidden, layers = settings.whole("hidden_size"), settings.layers("num_layers")
+    heads = settings.whole("num_attention_heads")
     positions = settings.whole("max_position_embeddings", settings.whole("seq_length", 2048))
     swiglu, squared = settings.switch("swiglu"), settings.switch("squared_relu")
     grouped = settings.switch("group_query_attention")

@@ -132,7 +132,7 @@ def _states(folder: Path, config: Settings) -> tuple[list[State], list[dict[str,
 
 
 def _sections(config: Settings, tensors: set[str]) -> Values:
-    hidden, layers = config.whole("hidden_size", 768), config.whole("num_hidden_layers", 12)
+    hidden, layers = config.whole("hidden_size", 768), config.layers("num_hidden_layers", 12)
     heads, positions = config.whole("num_attention_heads", 12), config.whole("max_position_embeddings", 2048)
     epsilon = config.number("layernorm_epsilon", 1e-12)
     config.refuse_unless("hidden_act", "gelu", why="the model computes no other")
@@ -167,8 +167,8 @@ def _sections(config: Settings, tensors: set[str]) -> Values:
                 f"{_NETWORK_EPSILON} with use_expert_residual_network, whose norms have it always; ours have one "
                 "epsilon for all norms",
             )
-        numbers = [int(match[1]) for name in tensors if (match := _NETWORK.fullmatch(name))]
-        moe |= {"use_expert_residual_network": True, "expert_residual_layers": max(numbers, default=5) + 1}
+        numbers = {match[1] for name in tensors if (match := _NETWORK.fullmatch(name))}
+        moe |= {"use_expert_residual_network": True, "expert_residual_layers": len(numbers) or 6}
     return {"model": model, "moe": moe}
 
 

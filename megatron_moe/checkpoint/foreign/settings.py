@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_moe.config.base import UserError
+from megatron_moe.config.model import MOST_LAYERS
 
 # Training samples of a model that is read: as long as it takes, but not the length of a book.
 LONGEST_SAMPLE = 4096
@@ -33,6 +34,16 @@ class Settings:
         text = repr(self._values.get(name))
         shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         return UserError(f"{self._source}: {name} {shown}: must be {legal}")
+
+    def layers(self, name: str, default: int | None = None) -> int:
+        """A number of layers, which are counted one by one: a file that means harm must not take all memory.
+
+        Raises:
+            UserError: it is none, or larger than any model.
+        """
+        if (value := self.whole(name, default)) > MOST_LAYERS:
+            raise self.refuse(name, f"at most {MOST_LAYERS}")
+        return value
 
     def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
         """A whole number.

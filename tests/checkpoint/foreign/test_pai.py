@@ -171,6 +171,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edit_config(folder, num_experts=[2]),
         r"expert_2.*no such expert in a model with 2 2",
     ),
+    "as many layers as fill all memory": (
+        lambda folder: edit_config(folder, num_hidden_layers=10**10),
+        r"at most 10000",
+    ),
+    "as many experts": (lambda folder: edit_config(folder, num_experts=[10**12]), r"layer_0_expert_2_.*: missing"),
     "other act": (lambda folder: edit_config(folder, hidden_act="relu"), r"hidden_act 'relu': must be 'gelu'"),
     "DeepSpeed's key": (lambda folder: edit_config(folder, load_ds_ckpts=True), r"holds no 'module'"),
     "short rank": (shorten("model/mp_rank_01/model_rng.pt", 0.9), r"mp_rank_01/model_rng.pt: cut short"),
