@@ -5,12 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_moe.checkpoint.convert.blocks import Block
+from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.stream import TensorWriter, convert
 from megatron_moe.checkpoint.convert.tensors import TensorSource
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import UserError, disk_error
 
 # Tokenizer, card, configs, journal.
 _SMALL_FILES = 64 << 20
+# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`), or another one works on the
+# same folder (`journal.py`).
+_GO_ON = ("then start again", "start the same again", "wait for it to end")
 
 
 def check_target(target: Path, flag: str, source: Path, source_flag: str) -> None:
@@ -56,20 +60,31 @@ def convert_whole(
     flag: str,
     workers: int | None,
 ) -> None:
-    """`stream.py:convert`; what cannot be finished, as the proof failed, is removed: to go on would not mend it.
+    """`stream.py:convert`, which keeps what it has written for another start; here what no other start can finish is
+    removed, as when the source is damaged or the proof failed.
 
     Raises:
         UserError: see there, or raised by `finish`.
     """
+    folder = unfinished_folder(output)
+    # Of an earlier start, whose work is not thrown away for a mistake in this one.
+    found, finishing = folder.exists(), False
 
-    def finish_or_remove(folder: Path) -> None:
+    def finish_noted(place: Path) -> None:
+        nonlocal finishing
+        finishing = True
         try:
-            finish(folder)
-        except UserError:
-            shutil.rmtree(folder)
-            raise
+            finish(place)
+        except OSError as error:
+            raise disk_error(f"{flag} {output}", error) from error
 
-    convert(blocks, source, writer, output, inputs=inputs, finish=finish_or_remove, flag=flag, workers=workers)
+    try:
+        convert(blocks, source, writer, output, inputs=inputs, finish=finish_noted, flag=flag, workers=workers)
+    except UserError as error:
+        goes_on = any(words in str(error) for words in _GO_ON)
+        if not goes_on and (finishing or not found):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _gigabytes(count: int) -> str:

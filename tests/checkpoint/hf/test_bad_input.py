@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.converting import refused
+from tests.helpers.converting import convert
 from tests.helpers.launch import launch
 
 EXPORT = "to-hf --load {run} --output {tmp}/out"
@@ -113,7 +113,17 @@ def flag_in_config(place: Place) -> None:
     path.write_text(text.replace("moe_router_pre_softmax: null", "moe_router_pre_softmax: true"), encoding="utf-8")
 
 
+def damage_run(place: Place) -> None:
+    """Flip bytes all over the largest file, as a bad disk does."""
+    path = max(place.run.glob("iter_*/*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    for start in range(0, len(content), 5000):
+        content[start : start + 64] = bytes(255 - byte for byte in content[start : start + 64])
+    path.write_bytes(content)
+
+
 CASES = [
+    Case("damaged checkpoint", f"{EXPORT} --no-verify", ".distcp at byte ", damage_run),
     Case(
         "no such run",
         "to-hf --load {tmp}/none --output {tmp}/out",
@@ -223,7 +233,9 @@ CASES = [
 def test_refused(case: Case, place: Place) -> None:
     case.break_it(place)
     before = set(place.tmp.rglob("*"))
-    line = refused(*(place.fill(word) for word in case.words.split()))
+    done = convert(*(place.fill(word) for word in case.words.split()))
+    assert done.codes == [2], done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
     assert place.fill(case.line) in line
     assert set(place.tmp.rglob("*")) == before, "nothing is left behind"
 

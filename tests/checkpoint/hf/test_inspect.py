@@ -55,6 +55,18 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     assert inspect_checkpoint(tmp_path / "model.safetensors").kind == "safetensors file"
 
 
+def test_run_of_ours(mixtral_run: Path) -> None:
+    found = inspect_checkpoint(mixtral_run)
+    assert found.kind == "checkpoint of megatron_moe, step 2"
+    assert found.experts_per_layer == (4, 4)
+    assert found.tensors["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"].shape == (4, 32, 24)
+    # 36 rows only pad each of the two tables.
+    assert found.parameters == 80_032 + 2 * 36 * 32
+    # Two moments of each.
+    assert sum(info.nbytes for info in found.state.values()) >= 2 * 4 * found.parameters
+    assert inspect_checkpoint(mixtral_run / "iter_0000002").tensors == found.tensors
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         inspect_checkpoint(tmp_path / "none")
