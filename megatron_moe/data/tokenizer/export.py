@@ -58,6 +58,9 @@ def hugging_face_files(content: bytes, where: str, context: int | None = None) -
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
+        # As it is anyhow; llama.cpp's converter puts a begin and a space in front of a text unless these say no.
+        "add_bos_token": False,
+        "add_prefix_space": False,
         # Generation goes on at the right end.
         "padding_side": "left",
         "model_max_length": context or int(1e30),

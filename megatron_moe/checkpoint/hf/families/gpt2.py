@@ -67,6 +67,8 @@ class Gpt2(NativeFamily):
         return {
             "vocab_size": model.vocab_size,
             "n_positions": model.max_positions,
+            # Its older name, the one that llama.cpp's converter reads.
+            "n_ctx": model.max_positions,
             "n_ctx": model.max_positions,
             "n_embd": model.hidden_size,
             "n_layer": model.num_layers,
