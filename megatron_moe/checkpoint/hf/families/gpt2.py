@@ -69,7 +69,6 @@ class Gpt2(NativeFamily):
             "n_positions": model.max_positions,
             # Its older name, the one that llama.cpp's converter reads.
             "n_ctx": model.max_positions,
-            "n_ctx": model.max_positions,
             "n_embd": model.hidden_size,
             "n_layer": model.num_layers,
             "n_head": model.num_attention_heads,
