@@ -31,7 +31,8 @@ def check_free(output: Path, flag: str) -> None:
     Raises:
         UserError: it does, or is no folder.
     """
-    if output.is_dir() and not any(output.iterdir()):
+    # A folder cannot take the name of a link, be the place that it leads to ever so empty.
+    if output.is_dir() and not output.is_symlink() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
         raise UserError(f"{flag} {output}: is there already; give a new folder, or remove it")
@@ -72,11 +73,19 @@ class Journal:
         except OSError as error:
             raise disk_error(f"{flag} {output}", error) from error
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except OSError as error:
             self._stream.close()
+            if not isinstance(error, (BlockingIOError, FileNotFoundError)):
+                raise disk_error(f"{flag} {output}", error) from error
             raise UserError(f"{flag} {output}: another process is converting into it; wait for it to end") from error
         self.done = self._read()
+
+    def _lock(self) -> None:
+        fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Of a conversion that came to its end meanwhile, it is the lock of nothing.
+        if not os.path.samestat(os.fstat(self._stream.fileno()), self._path.stat()):
+            raise FileNotFoundError(self._path)
 
     def _read(self) -> set[int] | None:
         """What an earlier conversion finished; None where there was none, or another one."""
@@ -132,10 +141,12 @@ class Journal:
         """
         check_free(self._output, self._flag)
         try:
-            self._path.unlink()
             for path in [*self.folder.rglob("*"), self.folder]:
                 _flush(path)
+            # The journal goes last: without it another process would take the folder for one to start anew in.
             self.folder.rename(self._output)
+            (self._output / _JOURNAL).unlink()
+            _flush(self._output)
             _flush(self._output.parent)
         except OSError as error:
             raise disk_error(f"{self._flag} {self._output}", error) from error

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_moe.checkpoint.convert import stream
+from megatron_moe.checkpoint.convert import journal, stream
 from megatron_moe.checkpoint.convert.blocks import Block, only_theirs, rename, split_rows
 from megatron_moe.checkpoint.convert.engine import target_infos
 from megatron_moe.checkpoint.convert.journal import unfinished_folder
@@ -192,10 +192,14 @@ def test_a_changed_source_or_option_starts_anew(tmp_path: Path, origin: Path) ->
     assert other.numbers_read == COUNT * 40 * 30
     assert {tensor.dtype for tensor in read(unfinished_folder(output)).values()} == {torch.bfloat16}
     (unfinished_folder(output) / "stale").mkdir()
-    origin.write_text("another")
-    changed = MemorySource(OURS)
-    run(changed, output, origin)
-    assert changed.numbers_read == COUNT * 40 * 30
+    # Files of the same sizes, but of another source.
+    for text in ("another", "a third"):
+        origin.write_text(text)
+        changed = MemorySource(OURS)
+        with pytest.raises(UserError, match="stopped"):
+            run(changed, output, origin, finish=_stop)
+        assert changed.numbers_read == COUNT * 40 * 30
+    run(MemorySource(OURS), output, origin)
     assert_whole(output)
 
 
@@ -217,6 +221,34 @@ def test_only_one_process_converts_into_a_folder(tmp_path: Path, origin: Path) -
 
     run(MemorySource(OURS), output, origin, finish=again)
     assert not unfinished_folder(output).exists()
+
+
+def test_no_other_process_comes_between_the_last_number_and_the_name(
+    tmp_path: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flushing takes as long as the disk does: whoever starts meanwhile must not take the folder for a stale one."""
+    output, flush, tried = tmp_path / "out", journal._flush, []
+
+    def again(path: Path) -> None:
+        flush(path)
+        if not tried:
+            tried.append(path)
+            with pytest.raises(UserError, match="another process is converting into it"):
+                run(MemorySource(OURS), output, origin)
+
+    monkeypatch.setattr(journal, "_flush", again)
+    run(MemorySource(OURS), output, origin)
+    assert tried
+    assert_whole(output)
+
+
+def test_a_link_to_an_empty_folder_is_no_new_folder(tmp_path: Path, origin: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    source = MemorySource(OURS)
+    with pytest.raises(UserError, match=r"--output .*/out: is there already"):
+        run(source, tmp_path / "out", origin)
+    assert not source.numbers_read
 
 
 def test_what_our_model_has_no_place_for_must_do_nothing(tmp_path: Path, origin: Path) -> None:
