@@ -12,8 +12,8 @@ from megatron_moe.config.base import UserError, disk_error
 
 # Tokenizer, card, configs, journal.
 _SMALL_FILES = 64 << 20
-# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`), or another one works on the
-# same folder (`journal.py`).
+# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`), or another one works on
+# the same folder (`journal.py`).
 _GO_ON = ("then start again", "start the same again", "wait for it to end")
 
 
