@@ -7,6 +7,7 @@ another process would kill it.
 import itertools
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -57,8 +58,9 @@ class Files:
         self._open.clear()
 
     def __del__(self) -> None:
-        """Close them."""
-        self.close()
+        """Close them; at the end of the program the system does."""
+        if not sys.is_finalizing():
+            self.close()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
