@@ -33,11 +33,13 @@ def check_target(target: Path, flag: str, source: Path, source_flag: str) -> Non
 
 
 def check_room(target: Path, needed: int, flag: str) -> None:
-    """There must be room for what will be written.
+    """There must be room for what will be written; what an earlier start has written is counted by `convert`.
 
     Raises:
         UserError: there is not.
     """
+    if unfinished_folder(target).exists():
+        return
     place = target.absolute()
     while not place.exists():
         place = place.parent

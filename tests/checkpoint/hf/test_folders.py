@@ -63,3 +63,10 @@ def test_what_is_left(
     with pytest.raises((UserError, KeyboardInterrupt)):
         folders.convert_whole([], nothing, nothing, output, inputs=[], finish=finish, flag="--output", workers=1)
     assert unfinished_folder(output).exists() == kept
+
+
+def test_what_lies_there_already_needs_no_room(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--output .*out: needs 1,000,000,000\.07 GB, but .* GB free; make room"):
+        folders.check_room(tmp_path / "out", 10**18, "--output")
+    unfinished_folder(tmp_path / "out").mkdir()
+    folders.check_room(tmp_path / "out", 10**18, "--output")
