@@ -87,6 +87,13 @@ class Fields:
             raise self.refuse(name, "a number greater than 0")
         return float(value)
 
+    def fraction(self, name: str) -> float:
+        """A number from 0 to 1: a probability, the weight of a loss."""
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise self.refuse(name, "a number from 0 to 1")
+        return float(value)
+
     def flag(self, name: str) -> bool:
         """true or false."""
         value = self.get(name)
@@ -240,7 +247,8 @@ def rope_flags(fields: Fields, partial_rotary: float | None = None) -> dict[str,
         return rope.get(key, default if outside is None else outside)
 
     theta = value_of("rope_theta", None)
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta != int(theta):
+    known = isinstance(theta, int | float) and not isinstance(theta, bool)
+    if not known or not 1 <= theta < math.inf or theta != int(theta):
         raise UserError(f"{SOURCE}: rope_theta {shown(theta)}: must be a whole number of at least 1 (--rotary-base)")
     flags: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(theta)}
     if partial_rotary is not None:

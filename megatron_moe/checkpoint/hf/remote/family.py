@@ -6,6 +6,7 @@ Names on disk are names in memory, experts stacked, so that loading converts not
 Shape legend: H = hidden size, F = width of an MLP, E = experts, V = vocabulary, K = experts of a token, D = head width.
 """
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, SOURCE, Fields, check_storage
 from megatron_moe.config.attention import is_cross_layer
 from megatron_moe.config.base import UserError
-from megatron_moe.config.model import YARN_FLAGS, ModelConfig
+from megatron_moe.config.model import MOST_LAYERS, YARN_FLAGS, ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.expert_residual import EXPANSION
 from megatron_moe.moe.layout import expert_layout
@@ -37,6 +38,8 @@ AUTO_MAP = {
 # Routers that choose the best of their logits outside of training, with all flags of `topk`.
 _TOPK_ROUTERS = ("topk", "large-margin", "recycle", "token-embedding")
 _FIXED_ROUTERS = ("hash", "random-routed")
+# Token files number them with 16 bits.
+MOST_DOMAINS = 2**16
 _DTYPES = {"fp32": "float32", "fp64": "float64"}
 _COMBINES = {None: {}, "softmax": {"mlp_type": "residual"}, "add": {"mlp_type": "residual", "residual_combine": "add"}}
 
@@ -241,6 +244,8 @@ def _model_flags(fields: Fields) -> dict[str, Any]:
         rotary |= {"use_rope_scaling": True, "rope_scaling_factor": fields.number("rotary_scaling_factor")}
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[fields.get("norm_type")]
     names = fields.get("domain_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise fields.refuse("domain_names", "null, or a list of names")
     return {
         "num_layers": fields.whole("num_hidden_layers"),
         "hidden_size": fields.whole("hidden_size"),
@@ -257,11 +262,11 @@ def _model_flags(fields: Fields) -> dict[str, Any]:
         "disable_bias_linear": not fields.flag("linear_bias"),
         "untie_embeddings_and_output_weights": not fields.flag("tie_word_embeddings"),
         "cla_share_factor": fields.whole("kv_share_factor"),
-        "num_domains": None if fields.get("num_domains") is None else fields.whole("num_domains"),
+        "num_domains": None if fields.get("num_domains") is None else _at_most(fields, "num_domains", MOST_DOMAINS),
         "domain_names": None if names is None else tuple(names),
         "domain_embedding": fields.flag("domain_embedding"),
-        "attention_dropout": fields.get("attention_dropout"),
-        "hidden_dropout": fields.get("hidden_dropout"),
+        "attention_dropout": fields.fraction("attention_dropout"),
+        "hidden_dropout": fields.fraction("hidden_dropout"),
         "init_method_std": fields.number("initializer_range"),
         "vocab_size": fields.whole("vocab_size"),
     }
@@ -306,7 +311,9 @@ def _yarn_flags(fields: Fields) -> dict[str, Any]:
     if given is None:
         return {}
     names = {"factor", *YARN_FLAGS}
-    numbers = isinstance(given, dict) and all(type(value) in (int, float) for value in given.values())
+    numbers = isinstance(given, dict) and all(
+        type(value) in (int, float) and math.isfinite(value) for value in given.values()
+    )
     if not numbers or given.keys() != names:
         raise fields.refuse("rotary_yarn", f"null, or numbers for {', '.join(sorted(names))}")
     length = given["original_max_position_embeddings"]
@@ -314,6 +321,14 @@ def _yarn_flags(fields: Fields) -> dict[str, Any]:
         raise fields.refuse("rotary_yarn", "with a whole original_max_position_embeddings")
     flags = {name: float(given[name]) for name in YARN_FLAGS}
     return flags | {"rotary_scaling_factor": float(given["factor"]), "original_max_position_embeddings": int(length)}
+
+
+def _at_most(fields: Fields, name: str, most: int, least: int = 1) -> int:
+    """A whole number of things that are counted one by one: a file that means harm must not take all memory."""
+    value = fields.whole(name, least)
+    if value > most:
+        raise fields.refuse(name, f"at most {most}")
+    return value
 
 
 def _activation_flags(fields: Fields) -> dict[str, bool]:
@@ -335,12 +350,12 @@ def _expert_flags(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
         "num_experts": tuple(count for count in counts if count),
         "moe_layer_freq": tuple(int(count > 0) for count in counts),
         "moe_ffn_hidden_size": fields.whole("moe_intermediate_size"),
-        "moe_expert_dropout": fields.get("expert_dropout"),
+        "moe_expert_dropout": fields.fraction("expert_dropout"),
         "router": router,
         "moe_router_topk": fields.whole("num_experts_per_tok"),
         **_COMBINES[fields.get("residual_combine")],
     }
-    if layers := fields.whole("expert_residual_layers", least=0):
+    if layers := _at_most(fields, "expert_residual_layers", MOST_LAYERS, least=0):
         moe |= {"use_expert_residual_network": True, "expert_residual_layers": layers}
     if fields.get("shared_expert_intermediate_size") is not None:
         moe["moe_shared_expert_intermediate_size"] = fields.whole("shared_expert_intermediate_size")
@@ -356,16 +371,17 @@ def _expert_flags(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _topk_flags(fields: Fields) -> dict[str, Any]:
+    scaled = fields.get("routed_scaling_factor") is not None
+    groups = ("moe_router_num_groups", "n_group"), ("moe_router_group_topk", "topk_group")
     flags: dict[str, Any] = {
         "moe_router_score_function": fields.get("score_function"),
-        "moe_router_topk_scaling_factor": fields.get("routed_scaling_factor"),
-        "moe_router_num_groups": fields.get("n_group"),
-        "moe_router_group_topk": fields.get("topk_group"),
+        "moe_router_topk_scaling_factor": fields.number("routed_scaling_factor") if scaled else None,
+        **{flag: None if fields.get(name) is None else fields.whole(name) for flag, name in groups},
         "moe_router_enable_expert_bias": fields.flag("use_expert_bias"),
     }
     if flags["moe_router_score_function"] == "softmax":
         flags["moe_router_pre_softmax"] = fields.flag("softmax_before_topk")
-    coefficient = fields.get("router_aux_loss_coef")
+    coefficient = fields.number("router_aux_loss_coef") if fields.get("router_aux_loss_coef") else 0.0
     balancing = "aux_loss" if coefficient else "none"
     if fields.flag("router_sinkhorn"):
         balancing, coefficient = "sinkhorn", 0.0
@@ -381,7 +397,11 @@ def _routing_flags(fields: Fields, router: str) -> dict[str, Any]:
             "router_embedding_shared": fields.flag("router_embedding_shared"),
         }
     shares = fields.get("router_domain_shares")
-    return {"router_domain_shares": tuple(shares)} if router == "random-routed" and shares is not None else {}
+    if router != "random-routed" or shares is None:
+        return {}
+    if not isinstance(shares, list) or not all(type(share) is int for share in shares):
+        raise fields.refuse("router_domain_shares", "null, or a list of whole numbers")
+    return {"router_domain_shares": tuple(shares)}
 
 
 # ---- weights
