@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe import evaluate, generate, score
+from megatron_moe.checkpoint.hf import options as conversion
 from megatron_moe.config.aliases import EXPANDED, REFUSED, RENAMED, VALUES
 from megatron_moe.config.base import UserError
 from megatron_moe.config.flags import LaunchOptions, ServeOptions, StartingPoint, parse_run
@@ -73,8 +74,19 @@ COMMANDS = {
 SCRIPT_COMMANDS = {"generate.sh": "generate", "score.sh": "score"}
 
 
+CONVERSIONS = {
+    "to-hf": flags_of([conversion.ExportOptions]),
+    "from-hf": flags_of([conversion.ImportOptions]),
+    "verify": flags_of([conversion.VerifyOptions]),
+    "inspect": flags_of([conversion.InspectOptions]),
+    **dict.fromkeys(("from-pai", "from-deepspeed", "from-megatron"), flags_of([conversion.ForeignOptions])),
+}
+
+
 def tool_flags(name: str) -> set[str]:
     """Flags that a script in tools/ defines, itself or in the modules of data/ that it imports."""
+    if name == "convert_checkpoint.py":
+        return set().union(*CONVERSIONS.values())
     source = (ROOT / "tools" / name).read_text(encoding="utf-8")
     modules = [
         f"{package}.{name}" if name.islower() else package
@@ -101,8 +113,8 @@ def unknown_flags(words: list[str]) -> set[str]:
     line = " ".join(words)
     if module := re.search(r"-m megatron_moe\.(\w+)", line):
         return given - COMMANDS[module[1]] - (FOREIGN_FLAGS if words[0] == "torchrun" else set())
-    if tool := re.search(r"python tools/(\w+\.py)", line):
-        return given - tool_flags(tool[1])
+    if tool := re.search(r"python tools/(\w+\.py) (\S+)", line):
+        return given - (CONVERSIONS[tool[2]] if tool[1] == "convert_checkpoint.py" else tool_flags(tool[1]))
     if script := re.search(r"examples/(\S+)", line):
         assert (ROOT / "examples" / script[1]).exists(), line
         slurm = FOREIGN_FLAGS if words[0] == "sbatch" else set()

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_moe import __version__
+from megatron_moe.checkpoint.hf.served import REMOTE_TYPE, served_by
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer
 from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof
 from megatron_moe.config.run import RunConfig
@@ -15,12 +16,6 @@ from megatron_moe.config.schema import run_sections, section_fields
 from megatron_moe.model.parameters import count_parameters
 from megatron_moe.moe.layout import expert_layout
 
-REMOTE_TYPE = "megatron_moe"
-# Where a class is listed by the program itself (vLLM 0.32 docs/models/supported_models.md, SGLang 0.5.23
-# srt/models, llama.cpp conversion/__init__.py).
-_VLLM = "mixtral qwen2_moe qwen3_moe granitemoeshared glm4_moe olmoe deepseek_v3 llama mistral qwen2 qwen3 gpt2"
-_LLAMA_CPP = _VLLM
-_SGLANG = "mixtral qwen2_moe qwen3_moe granitemoeshared glm4_moe olmoe deepseek_v3 llama mistral qwen2 qwen3 gpt2"
 _SECTIONS = ("model", "moe", "routing", "training", "optimizer")
 _MOST_PREFIXES = 20
 
@@ -59,32 +54,9 @@ def model_card(facts: CardFacts) -> str:
         f"## Architecture\n\n{_architecture(facts)}",
         f"## Training\n\n{_training(facts)}",
         f"## Conversion\n\n{_conversion(facts)}",
-        f"## Served by\n\n{_table(('program', 'loads it'), served_by(facts.model_type))}",
+        f"## Served by\n\n{_table(('program', 'loads it'), served_by(facts.run, facts.model_type))}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def served_by(model_type: str) -> list[tuple[str, str]]:
-    """Programs, and how each of them reads the class: as its own lists say, not as measured here."""
-    if model_type == REMOTE_TYPE:
-        return [
-            ("transformers", "yes, with `trust_remote_code=True`; fine-tunes with `Trainer`"),
-            (
-                "vLLM, SGLang",
-                "no: their back ends for code of a folder take one number of experts and SiLU for granted",
-            ),
-            ("llama.cpp", "no: it runs no code of a folder"),
-        ]
-
-    def listed(names: str) -> str:
-        return "yes, lists the class" if model_type in names.split() else "not listed"
-
-    return [
-        ("transformers", "yes, its own class"),
-        ("vLLM", listed(_VLLM)),
-        ("SGLang", listed(_SGLANG)),
-        ("llama.cpp", listed(_LLAMA_CPP)),
-    ]
 
 
 def training_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.ours_reader import OursSource
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsWriter
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
-from megatron_moe.checkpoint.hf.card import REMOTE_TYPE, CardFacts, model_card
+from megatron_moe.checkpoint.hf.card import CardFacts, model_card
 from megatron_moe.checkpoint.hf.families.base import Family
 from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
 from megatron_moe.checkpoint.hf.generation_config import generation_config, special_ids
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ExportOptions
 from megatron_moe.checkpoint.hf.remote.family import copy_code
+from megatron_moe.checkpoint.hf.served import REMOTE_TYPE
 from megatron_moe.checkpoint.hf.targets import Target, choose_hf_target
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer, check_template, export_tokenizer
 from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, exact_names, prove

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_moe.checkpoint.hf.card import CardFacts, model_card, recipe, served_by, training_facts
+from megatron_moe.checkpoint.hf.card import CardFacts, model_card, recipe, training_facts
+from megatron_moe.checkpoint.hf.served import served_by
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer
 from megatron_moe.checkpoint.hf.verify import Proof
 from megatron_moe.config.yaml_io import build_run
@@ -118,9 +119,9 @@ def test_tokenizer_that_transformers_has_not() -> None:
     assert "`tokenizer/`" in text
 
 
-@pytest.mark.parametrize(("model_type", "vllm"), [("mixtral", "yes, lists the class"), ("megatron_moe", "no: ")])
+@pytest.mark.parametrize(("model_type", "vllm"), [("mixtral", "yes"), ("megatron_moe", "no: ")])
 def test_who_serves_it(model_type: str, vllm: str) -> None:
-    rows = dict(served_by(model_type))
+    rows = dict(served_by(facts().run, model_type))
     assert next(value for name, value in rows.items() if name.startswith("vLLM")).startswith(vllm)
     assert all(f"| {name} | {value} |" in model_card(facts(model_type=model_type)) for name, value in rows.items())
 
