@@ -9,7 +9,7 @@ from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fill
 from megatron_moe.checkpoint.convert.ours_reader import OursSource
 from megatron_moe.checkpoint.convert.ranges import split
 from megatron_moe.checkpoint.convert.tensors import TensorSource
-from megatron_moe.checkpoint.hf.families.native import names_in_files
+from megatron_moe.checkpoint.hf.families.native import is_left_out
 from megatron_moe.checkpoint.hf.importing import RenamedSource, open_files
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import VerifyOptions
@@ -65,7 +65,7 @@ def verify_hf(options: VerifyOptions, *, debug: bool = False) -> Iterator[str]:
         folder,
         dtype=dtype,
         exact_names=names,
-        left_out=lambda key: not names_in_files(family, run, [key]),
+        left_out=lambda key: is_left_out(family, run, key),
         remote_code=remote_code,
         debug=debug,
     )

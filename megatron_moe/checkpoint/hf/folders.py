@@ -12,8 +12,8 @@ from megatron_moe.config.base import UserError, disk_error
 
 # Tokenizer, card, configs, journal.
 _SMALL_FILES = 64 << 20
-# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`), or another one works on
-# the same folder (`journal.py`).
+# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`, `verify.py`), or another
+# one works on the same folder (`journal.py`).
 _GO_ON = ("then start again", "start the same again", "wait for it to end")
 
 
@@ -23,6 +23,10 @@ def check_target(target: Path, flag: str, source: Path, source_flag: str) -> Non
     Raises:
         UserError: it does not.
     """
+    if not target.name:
+        raise UserError(
+            f"{flag} {target}: has no name that a folder could be given; give a folder that is not there yet"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"{flag} {target}: is a file; give a folder that is not there yet")
     if target.is_dir() and any(target.iterdir()):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsSource
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.hf.families.base import Family
-from megatron_moe.checkpoint.hf.families.native import names_in_files
+from megatron_moe.checkpoint.hf.families.native import is_left_out, names_in_files
 from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
@@ -35,6 +36,7 @@ from megatron_moe.config.yaml_io import Values, build_run, load_values, save_run
 from megatron_moe.data.tokenizer.kinds.sentence_piece import SAVED_NAME
 from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.inference.saved_model import SavedModel
+from megatron_moe.model.parameters import count_parameters
 
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _STEP = 0
@@ -112,7 +114,15 @@ def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
     files: Files = SafetensorsSource(folder)
     if has_names_of_memory(files):
         files = UsualNames(files, family.model_type)
-    return RenamedSource(files, names_in_files(family, run, files.infos), family.blocks(run))
+    names = names_in_files(family, run, files.infos)
+    held = sum(prod(files.infos[name].shape) for name in names.values())
+    # Before blocks are made of it, or memory is taken for it.
+    if (described := count_parameters(run).total) > held:
+        raise UserError(
+            f"{folder / 'config.json'}: describes a model of {described} parameters, but the files beside it hold "
+            f"{held} numbers; fetch the whole checkpoint again"
+        )
+    return RenamedSource(files, names, family.blocks(run))
 
 
 def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
@@ -151,7 +161,7 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
                     folder,
                     dtype=dtype,
                     exact_names=names,
-                    left_out=lambda key: not names_in_files(family, run, [key]),
+                    left_out=lambda key: is_left_out(family, run, key),
                     remote_code=remote_code,
                     debug=debug,
                 )

@@ -31,6 +31,7 @@ from megatron_moe.checkpoint.hf.families.base import Family, HfConfig
 from megatron_moe.checkpoint.hf.own_flags import KEY, own_flags, read_own_flags
 from megatron_moe.checkpoint.hf.remote import family as remote
 from megatron_moe.config.base import ConfigError, UserError, format_value
+from megatron_moe.config.model import MOST_LAYERS
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import CheckpointConfig, RunConfig
 from megatron_moe.config.training import TrainingConfig
@@ -156,7 +157,7 @@ def family_of(config: HfConfig) -> Family:
         raise UserError(f"config.json: model_type {kind}: is not read; there are {', '.join(by_type)}")
     family = by_type[kind]
     named = config.get("architectures") or [family.architecture]
-    if family.architecture not in named:
+    if not isinstance(named, list) or family.architecture not in named:
         raise UserError(f"config.json: architectures {format_value(named)}: must be {family.architecture}")
     return family
 
@@ -172,6 +173,11 @@ def run_of(config: HfConfig, *, own: bool = True) -> RunConfig:
         UserError: a field has a value that our model has no flag for, or contradicts our own flags.
     """
     family = family_of(config)
+    for name in ("num_hidden_layers", "n_layer"):
+        count = config.get(name)
+        # Before they are counted one by one.
+        if isinstance(count, int) and count > MOST_LAYERS:
+            raise UserError(f"config.json: {name} {count}: must be at most {MOST_LAYERS}")
     sections = family.flags(config)
     saved = read_own_flags(config) if own else None
     if saved is None:

@@ -91,7 +91,7 @@ def prove(
         folder: of theirs.
         dtype: such as `bfloat16`; both sides' weights are rounded to it, where they are finer.
         exact_names: our parameters that are not.
-        left_out: whether what lies in the folder is known to be no weight of the class (`native.py:names_in_files`).
+        left_out: whether what lies in the folder is known to be no weight of the class (`native.py:is_left_out`).
         remote_code: whether it is of our own class, whose code is this package's.
         tolerance: the largest difference of a logit.
         debug: show what the fresh process prints.
@@ -190,10 +190,12 @@ def _ask(
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=not debug, text=True, check=False)
     if done.returncode or not answer.is_file():
         last = (done.stderr or "").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        killed = " (killed: out of memory?)" if done.returncode < 0 else ""
-        raise UserError(
-            f"verify {folder}: the process that loads it failed{killed}: {last[0][:300]}; --debug shows more"
-        )
+        if done.returncode < 0:
+            raise UserError(
+                f"verify {folder}: the process that loads it was killed by signal {-done.returncode} (out of memory?); "
+                "make room in memory and start the same again, or give --no-verify"
+            )
+        raise UserError(f"verify {folder}: the process that loads it failed: {last[0][:300]}; --debug shows more")
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,7 @@ CASES = [
         lambda place: (place.run / "latest_checkpointed_iteration.txt").unlink(),
     ),
     Case("no such step", f"{EXPORT} --iteration 7", "--iteration 7: {run} holds no such checkpoint; there are 2"),
+    Case("target without a name", "to-hf --load {run} --output /", "--output /: has no name"),
     Case(
         "target is not empty",
         EXPORT,
@@ -264,6 +267,29 @@ def another_epsilon() -> None:
 
     right = Mixtral.config
     Mixtral.config = lambda self, run: right(self, run) | {"rms_norm_eps": 0.1}  # type: ignore[method-assign]
+
+
+def kill_the_proof() -> None:
+    """As the system does when memory is short."""
+    import sys
+
+    from megatron_moe.checkpoint.hf import verify
+
+    def killed(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], check=False)
+
+    verify.subprocess = SimpleNamespace(run=killed)  # type: ignore[assignment]
+
+
+def test_proof_that_was_killed_keeps_what_is_written(place: Place) -> None:
+    words = place.fill(f"{EXPORT} --workers 1").split()
+    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(kill_the_proof,))
+    assert done.codes == [2], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "was killed by signal 9" in line
+    assert [path.name for path in place.tmp.glob("out*")] == ["out.unfinished"]
+    assert convert(*words).codes == [0]
+    assert [path.name for path in place.tmp.glob("out*")] == ["out"]
 
 
 def test_proof_that_fails_leaves_nothing(place: Place) -> None:

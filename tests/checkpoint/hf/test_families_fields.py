@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_moe.checkpoint.hf.families import gpt2
 from megatron_moe.checkpoint.hf.families.base import Family
 from megatron_moe.checkpoint.hf.families.fields import NOT_READ
 from megatron_moe.checkpoint.hf.families.native import names_in_files
@@ -337,9 +338,48 @@ def test_what_the_class_does_not_read_is_left_out() -> None:
     family = FAMILIES["glm4_moe"]
     run = run_of(config_of("glm4_moe", tie_word_embeddings=True))
     wanted = {block.theirs.name for block in family.blocks(run) if block.theirs}
-    extra = {"model.layers.2.mlp.gate.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"}
+    extra = {
+        "model.layers.2.mlp.gate.weight",
+        "model.layers.2.eh_proj.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "lm_head.weight",
+    }
     assert set(names_in_files(family, run, wanted | extra)) == wanted
+    # A layer of the model itself, which config.json counts one too few of, is not.
+    deeper = "model.layers.3.mlp.gate.weight"
+    assert set(names_in_files(family, run, wanted | extra | {deeper})) == {*wanted, deeper}
     mixtral = FAMILIES["mixtral"]
     run = run_of(config_of("mixtral"))
     later = "model.layers.2.block_sparse_moe.gate.weight"
     assert set(names_in_files(mixtral, run, [later, "lm_head.weight"])) == {later, "lm_head.weight"}
+
+
+def test_a_weight_under_two_names_is_refused() -> None:
+    run = run_of({"model_type": "gpt2"})
+    with pytest.raises(UserError, match=r"wte.weight: is transformer.wte.weight a second time"):
+        names_in_files(gpt2.FAMILY, run, ["transformer.wte.weight", "wte.weight"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("mixtral", "rope_theta", float("nan")),
+        ("mixtral", "rope_theta", float("inf")),
+        ("mixtral", "architectures", 5),
+        ("qwen3_moe", "num_hidden_layers", 10**12),
+        ("qwen2_moe", "layer_types", 5),
+        ("megatron_moe", "num_hidden_layers", 10**12),
+        ("megatron_moe", "domain_names", 5),
+        ("megatron_moe", "attention_dropout", "much"),
+        ("megatron_moe", "routed_scaling_factor", "much"),
+        ("megatron_moe", "n_group", [2]),
+        ("megatron_moe", "router_aux_loss_coef", "much"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(kind: str, field: str, value: Any) -> None:
+    ours = {"model_type": kind, "experts_per_layer": [4] * 4}
+    # There rope_theta would stand a second time.
+    config = ours if kind == "megatron_moe" else config_of(kind, rope_parameters="left out")
+    with pytest.raises(UserError, match=rf"config.json: {field} .*must be ") as caught:
+        run_of({**config, field: value})
+    assert len(str(caught.value).splitlines()) == 1

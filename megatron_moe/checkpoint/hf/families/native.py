@@ -47,18 +47,32 @@ def names_in_files(family: Family, run: RunConfig, stored: Iterable[str]) -> dic
         run: the model that they hold.
         stored: the names in them.
     """
-    names = {}
+    stored = list(stored)
+    # Without such a matrix a layer past the last one is of a deeper model than config.json says.
+    predicting = {_layer(name) for name in stored if name.endswith(".eh_proj.weight")}
+    names: dict[str, str] = {}
     for name in stored:
         known = family.stored_name(name)
-        tied = known == "lm_head.weight" and not run.model.untie_embeddings_and_output_weights
-        if known is not None and not tied and not (_past_last_layer(known, run) and family.skips_later_layers):
-            names[known] = name
+        if known is None or (is_left_out(family, run, name) and _layer(known) in {None, *predicting}):
+            continue
+        if known in names:
+            raise UserError(f"{name}: is {names[known]} a second time; the files are of two models: fetch them again")
+        names[known] = name
     return names
 
 
-def _past_last_layer(name: str, run: RunConfig) -> bool:
+def is_left_out(family: Family, run: RunConfig, name: str) -> bool:
+    """Whether the class itself may leave out what its files hold under this name (`names_in_files`)."""
+    known = family.stored_name(name)
+    if known is None or (known == "lm_head.weight" and not run.model.untie_embeddings_and_output_weights):
+        return True
+    layer = _layer(known)
+    return family.skips_later_layers and layer is not None and layer >= run.model.num_layers
+
+
+def _layer(name: str) -> int | None:
     found = re.match(r"model\.layers\.(\d+)\.", name)
-    return found is not None and int(found[1]) >= run.model.num_layers
+    return None if found is None else int(found[1])
 
 
 def known_gate(run: RunConfig) -> Gate:

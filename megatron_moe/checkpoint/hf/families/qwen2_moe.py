@@ -95,7 +95,8 @@ class Qwen2Moe(NativeFamily):
         fields = Fields(config, self.defaults)
         sliding = fields.flag("use_sliding_window")
         check_window(fields, sliding)
-        if not sliding and any(kind != "full_attention" for kind in fields.get("layer_types") or ()):
+        kinds = fields.get("layer_types") or []
+        if not sliding and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
             raise fields.refuse("layer_types", "full_attention in every layer")
         return {
             "model": common_flags(fields, qkv_bias=fields.flag("qkv_bias")),
