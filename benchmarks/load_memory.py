@@ -146,12 +146,16 @@ def write(flags: argparse.Namespace) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
+    from megatron_moe.checkpoint import save
     from megatron_moe.checkpoint.layout import CONFIG_FILE, publish
     from megatron_moe.checkpoint.optimizer_state import METADATA, saved_state
     from megatron_moe.checkpoint.state import Progress, current_layout, model_state, rng_state
     from megatron_moe.config.yaml_io import save_run
+    from megatron_moe.runtime import replace
     from megatron_moe.runtime.distributed import start
 
+    # Or it starts a process that outlives this one.
+    replace.apply(save.REPLACEMENTS)
     run = run_of(flags.rank_layout, flags.parameters, flags.rank_kind)
     start(run.parallel, trains=False)
     model, optimizer, scheduler = build(run, flags.rank_kind)

@@ -206,13 +206,17 @@ def write_weights(run: RunConfig, folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
+    from megatron_moe.checkpoint import save
     from megatron_moe.checkpoint.layout import CONFIG_FILE
     from megatron_moe.checkpoint.optimizer_state import METADATA
     from megatron_moe.checkpoint.state import model_state
     from megatron_moe.config.yaml_io import save_run
     from megatron_moe.model.gpt import build_model
+    from megatron_moe.runtime import replace
     from megatron_moe.runtime.distributed import start
 
+    # Or it starts a process that outlives this one.
+    replace.apply(save.REPLACEMENTS)
     start(run.parallel, trains=False)
     model = build_model(run, initialize=False)
     if dist.get_rank() == 0:
