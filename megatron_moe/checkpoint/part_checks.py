@@ -64,7 +64,10 @@ class PartsRead:
             if first[place] != dist.get_rank():
                 continue
             for theirs in everyones:
-                boxes = boxes | theirs.get(place, {})
+                for box, value in theirs.get(place, {}).items():
+                    if boxes.setdefault(box, value) != value:
+                        # Of several, the last to be counted would hide the others: nodes may have copies of the file.
+                        raise UserError(f"{stored.source}: damaged (ranks read other bytes of the same part)")
             _check(place, stored, boxes)
 
 

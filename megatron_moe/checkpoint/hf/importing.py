@@ -169,6 +169,8 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
 
     _write(made, finish)
     yield f"{folder}: {family.architecture} of {len(source.infos)} tensors"
+    if options.dtype == "auto":
+        yield from _rounded(made)
     yield _made(made)
     yield from proof[0].lines() if proof else ["NOT verified (--no-verify)"]
     yield _advice(save)
@@ -269,6 +271,25 @@ def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
         flag="--save",
         workers=made.workers,
     )
+
+
+def _rounded(made: Import) -> Iterator[str]:
+    """What a folder of several types holds in more bits than a run of its usual type does."""
+    ours, theirs = made.model.infos, made.source.infos
+    names = sorted(
+        {
+            block.theirs.name
+            for block in made.blocks
+            if block.ours is not None
+            and block.theirs is not None
+            and theirs[block.theirs.name].dtype.itemsize > ours[block.ours.name].dtype.itemsize
+        }
+    )
+    if names:
+        yield (
+            f"note: {len(names)} tensors were rounded to the type of most others ({names[0]} is "
+            f"{str(theirs[names[0]].dtype).removeprefix('torch.')}); --dtype fp32 keeps them to the bit"
+        )
 
 
 def _made(made: Import) -> str:

@@ -49,3 +49,18 @@ def test_the_weights_are_taken_and_the_rest_is_left(name: str, tmp_path: Path) -
     printed = converted("from-hf", "--hf", folder, "--tokenizer", "NullTokenizer", "--save", tmp_path / "run")
     assert f"of {len(weights)} tensors" in printed
     assert "0 missing, 0 unexpected" in printed
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("auto", 1), ("fp32", 0)])
+def test_rounding_of_what_has_more_bits_than_the_others_is_said(dtype: str, said: int, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=50)
+    folder = tmp_path / "hf"
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["transformer.ln_f.weight"] = weights["transformer.ln_f.weight"].float()
+    save_file(weights, file, metadata={"format": "pt"})
+    words = ("--hf", folder, "--tokenizer", "NullTokenizer", "--no-verify", "--dtype", dtype)
+    printed = converted("from-hf", *words, "--save", tmp_path / "run")
+    assert printed.count("note: 1 tensors were rounded") == said
+    assert printed.count("transformer.ln_f.weight is float32") == said
