@@ -34,6 +34,12 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_apply_probs_on_input": ((False,), "weights multiply what experts return"),
     "moe_router_topk_limited_devices": ((), "groups are --moe-router-num-groups"),
     "moe_latent_size": ((), "experts work in the hidden size"),
+    "moe_mlp_glu_interleave_size": ((), "gates lie before values, not between them"),
+    "moe_shared_expert_glu_interleave_size": ((), "gates lie before values, not between them"),
+    "use_mup": ((False,), "embeddings, scores and logits are not multiplied (MuP)"),
+    "mup_embedding_mult": ((1, 1.0), "embeddings are not multiplied"),
+    "mup_output_mult": ((1, 1.0), "logits are not multiplied"),
+    "softmax_scale": ((), "scores are divided by the root of the head width"),
     "group_query_attention": ((True, False), ""),
     "use_legacy_models": ((False,), "models are megatron-core's"),
 }
