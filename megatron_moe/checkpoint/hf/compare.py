@@ -50,6 +50,7 @@ def verify_hf(options: VerifyOptions, *, debug: bool = False) -> Iterator[str]:
     blocks = family.blocks(run)
     check_coverage(blocks, ours.infos, theirs.infos, ours_in=str(saved.folder), theirs_in=str(folder))
     check_fills(blocks, theirs)
+    theirs.check_tied()
     compared, differing = compare_weights(blocks, ours, theirs)
     if differing:
         name, numbers, largest = differing[0]

@@ -14,12 +14,14 @@ from megatron_moe.checkpoint.convert.blocks import Block, Box
 from megatron_moe.checkpoint.convert.describe import CheckpointModel, describe
 from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.ours_writer import OursWriter
+from megatron_moe.checkpoint.convert.ranges import split
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsSource
+from megatron_moe.checkpoint.convert.stream import convert
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.hf.families.base import Family
-from megatron_moe.checkpoint.hf.families.native import is_left_out, names_in_files
-from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
+from megatron_moe.checkpoint.hf.families.native import is_left_out, is_tied_output, names_in_files
+from megatron_moe.checkpoint.hf.folders import check_room, check_target
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
 from megatron_moe.checkpoint.hf.own_code import needs_code
@@ -40,6 +42,8 @@ from megatron_moe.model.parameters import count_parameters
 
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _STEP = 0
+# Numbers of each of two tensors.
+_COMPARED_AT_ONCE = 4 << 20
 
 
 class RenamedSource:
@@ -49,10 +53,17 @@ class RenamedSource:
         source: the files.
         names: new name -> name in the files.
         blocks: the map of their class.
+        tied: names in the files of the embedding, and of an output layer for which it stands, if they hold one.
     """
 
-    def __init__(self, source: Files, names: Mapping[str, str], blocks: Iterable[Block] = ()) -> None:
-        self._source, self._names = source, dict(names)
+    def __init__(
+        self,
+        source: Files,
+        names: Mapping[str, str],
+        blocks: Iterable[Block] = (),
+        tied: tuple[str, str] | None = None,
+    ) -> None:
+        self._source, self._names, self._tied = source, dict(names), tied
         self.infos: dict[str, TensorInfo] = {new: source.infos[old] for new, old in names.items()}
         dtype = next((info.dtype for info in self.infos.values() if info.dtype.is_floating_point), torch.float32)
         self._implied: dict[str, float] = {}
@@ -60,6 +71,33 @@ class RenamedSource:
             if block.implied and block.theirs is not None and block.theirs.name not in names:
                 self._implied[block.theirs.name] = block.fill
                 self.infos[block.theirs.name] = TensorInfo(block.theirs.size, dtype)
+
+    def check_tied(self, share: int = 0, shares: int = 1) -> None:
+        """Hold an output layer that was left out against the embedding. transformers does the same, and computes with
+        the output layer where they differ, whatever config.json says (`PreTrainedModel.tie_weights`).
+
+        Args:
+            share: which of the pieces are read.
+            shares: of how many; all processes together look at everything.
+
+        Raises:
+            UserError: they differ.
+        """
+        if self._tied is None:
+            return
+        embedding, output = self._tied
+        info = self._source.infos[embedding]
+        same = info == self._source.infos[output]
+        for start, size in split(info.shape, _COMPARED_AT_ONCE)[share::shares] if same else ():
+            one, two = (self._source.read(Box(name, start, size)) for name in self._tied)
+            if not torch.equal(one.flatten().view(torch.uint8), two.flatten().view(torch.uint8)):
+                same = False
+                break
+        if not same:
+            raise UserError(
+                f"{output}: differs from {embedding}, although tie_word_embeddings of config.json is true; set it to "
+                "false, or remove the one that is not the model's"
+            )
 
     def read(self, box: Box) -> Tensor:
         """A part of a tensor."""
@@ -122,7 +160,15 @@ def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
             f"{folder / 'config.json'}: describes a model of {described} parameters, but the files beside it hold "
             f"{held} numbers; fetch the whole checkpoint again"
         )
-    return RenamedSource(files, names, family.blocks(run))
+    blocks = family.blocks(run)
+    embeddings = [names.get(block.theirs.name) for block in blocks if block.theirs and _is_embedding(block)]
+    outputs = [name for name in files.infos if is_tied_output(family, run, name)]
+    tied = next(((one, two) for one in embeddings if one is not None for two in outputs), None)
+    return RenamedSource(files, names, blocks, tied)
+
+
+def _is_embedding(block: Block) -> bool:
+    return block.ours is not None and block.ours.name == "embedding.word_embeddings.weight"
 
 
 def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
@@ -148,6 +194,7 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
     tokenizer = import_tokenizer(folder, run.model.vocab_size, options.tokenizer)
     # The map depends on the rows that pad the vocabulary.
     made = _plan(run, source, family.blocks(run), tokenizer, save, options.dtype, options.workers, folder)
+    source.check_tied()
     proof: list[Proof] = []
 
     def finish(checkpoint: Path) -> None:
@@ -261,7 +308,7 @@ def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
         if finish is not None:
             finish(checkpoint)
 
-    convert_whole(
+    convert(
         made.blocks,
         made.source,
         OursWriter(unfinished, made.model, made.where.name),

@@ -22,7 +22,7 @@ from megatron_moe.checkpoint.convert.describe import unstack, unstacked
 from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
 from megatron_moe.checkpoint.convert.ranges import split
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
-from megatron_moe.checkpoint.hf.importing import open_files
+from megatron_moe.checkpoint.hf.importing import RenamedSource, open_files
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.own_flags import NOT_WRITTEN, SECTIONS
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
@@ -100,7 +100,7 @@ def in_its_precision(run: RunConfig, folder: Path) -> RunConfig:
     return dataclasses.replace(run, training=training)
 
 
-def open_weights(run: RunConfig, folder: Path) -> tuple[TensorSource, list[Block]]:
+def open_weights(run: RunConfig, folder: Path) -> tuple[RenamedSource, list[Block]]:
     """The folder's tensors, and which part of our model is which part of them. Only headers are read.
 
     Raises:
@@ -129,6 +129,7 @@ def load_weights(run: RunConfig, model: list[Any], folder: Path) -> None:
     _check_ours(blocks, entries)
     # All ranks together look at all of them.
     check_fills(blocks[dist.get_rank() :: dist.get_world_size()], source)
+    source.check_tied(dist.get_rank(), dist.get_world_size())
     targets = Targets(blocks, "ours")
     with torch.no_grad():
         for entry in entries:

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_moe.checkpoint.hf.importing import import_hf
+from megatron_moe.checkpoint.hf.loading import model_of, open_weights
+from megatron_moe.checkpoint.hf.options import ImportOptions
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import RunConfig
@@ -137,6 +140,54 @@ def test_stacked_layers_and_one_embedding_for_both_ends(name: str, dense: Given)
         np.testing.assert_allclose(rank.logits[..., :870], dense.logits, atol=2e-5)
         # 26 rows pad the vocabulary; they are on the last tensor-parallel rank.
         assert rank.held - 26 * 64 * 4 <= rank.read <= rank.held
+
+
+def with_output_layer(given: Path, folder: Path, change: float) -> Path:
+    """The same folder, but a file of it holds an output layer too, whose last number is changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(given, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = folder / index["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(shard)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += change
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index["weight_map"]["lm_head.weight"] = shard.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def loaded_or_refused(folder: str, layout: dict[str, Any]) -> str:
+    try:
+        compute(folder, layout)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_an_output_layer_beside_the_embedding_that_stands_for_it(dense: Given, tmp_path: Path) -> None:
+    """transformers computes with the output layer where it differs, whatever config.json says."""
+    copy = with_output_layer(dense.folder, tmp_path / "copy", 0.0)
+    (rank,) = run_ranks(1, compute, str(copy), {})
+    np.testing.assert_allclose(rank.logits[..., :870], dense.logits, atol=2e-5)
+    other = with_output_layer(dense.folder, tmp_path / "other", 1e-3)
+    line = "lm_head.weight: differs from model.embed_tokens.weight, although tie_word_embeddings of config.json is true"
+    assert run_ranks(1, loaded_or_refused, str(other), {})[0].startswith(line)
+    with pytest.raises(UserError, match=line):
+        list(import_hf(ImportOptions(hf=str(other), save=str(tmp_path / "run"), verify=False)))
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_ranks_share_the_pieces_of_the_output_layer(dense: Given, tmp_path: Path) -> None:
+    folder = with_output_layer(dense.folder, tmp_path / "other", 1e-3)
+    source, _ = open_weights(model_of(folder), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_moe.checkpoint.hf.importing._COMPARED_AT_ONCE", 64 * 100)
+        # Nine pieces, the last of which differs.
+        source.check_tied(1, 2)
+        with pytest.raises(UserError, match="differs"):
+            source.check_tied(0, 2)
 
 
 # ---- pretrain --load HF_FOLDER --finetune

@@ -64,10 +64,16 @@ def names_in_files(family: Family, run: RunConfig, stored: Iterable[str]) -> dic
 def is_left_out(family: Family, run: RunConfig, name: str) -> bool:
     """Whether the class itself may leave out what its files hold under this name (`names_in_files`)."""
     known = family.stored_name(name)
-    if known is None or (known == "lm_head.weight" and not run.model.untie_embeddings_and_output_weights):
+    if known is None or is_tied_output(family, run, name):
         return True
     layer = _layer(known)
     return family.skips_later_layers and layer is not None and layer >= run.model.num_layers
+
+
+def is_tied_output(family: Family, run: RunConfig, name: str) -> bool:
+    """Whether the files hold under this name an output layer that the embedding stands for: `RenamedSource.check_tied`
+    holds it against that."""
+    return family.stored_name(name) == "lm_head.weight" and not run.model.untie_embeddings_and_output_weights
 
 
 def _layer(name: str) -> int | None:
