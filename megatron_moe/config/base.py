@@ -20,6 +20,13 @@ class UserError(Exception):
     """
 
 
+class Resumable(UserError):
+    """Nothing that was given is wrong, and what is written so far is right: the same start goes on with it.
+
+    What cannot be finished is removed (`checkpoint/convert/stream.py:convert`); after this error it is kept.
+    """
+
+
 class ConfigError(UserError):
     """An illegal flag or an illegal combination of flags."""
 
@@ -27,10 +34,10 @@ class ConfigError(UserError):
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def disk_error(where: str, error: OSError) -> UserError:
+def disk_error(where: str, error: OSError) -> Resumable:
     """What to say of a file that cannot be written: `where` names the flag or the file."""
     cure = "make room, then start again" if error.errno in DISK_FULL else "give a place that can be written"
-    return UserError(f"{where}: cannot be written: {error.strerror or error}; {cure}")
+    return Resumable(f"{where}: cannot be written: {error.strerror or error}; {cure}")
 
 
 def flag_name(field_name: str) -> str:

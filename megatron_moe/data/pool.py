@@ -11,7 +11,7 @@ from itertools import chain, islice
 from multiprocessing.connection import wait as wait_for_handles
 from typing import Any
 
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import Resumable, UserError
 
 # Pieces handed out per process: the next one is there when one is finished.
 _AHEAD = 2
@@ -55,7 +55,7 @@ def run_tasks[T, R](
         try:
             yield from _run(pool, pending, chain(first, stream), workers)
         except BrokenProcessPool as error:
-            raise UserError(f"a worker process died (out of memory, or killed); {advice}") from error
+            raise Resumable(f"a worker process died (out of memory, or killed); {advice}") from error
         finally:
             # After an error the queued tasks must not be worked through first.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -118,4 +118,4 @@ def _work(task: Any) -> Any:
         raise
     except Exception as error:
         # Otherwise the user would see a traceback of two processes.
-        raise UserError(f"a worker process failed: {type(error).__name__}: {error}") from error
+        raise Resumable(f"a worker process failed: {type(error).__name__}: {error}") from error

@@ -100,22 +100,39 @@ class Journal:
                 done.update(json.loads(line))
         return done
 
+    def keep_only(self, files: Iterable[Path]) -> None:
+        """Remove all but these files and the journal: what an earlier start, with other options, wrote beside them.
+
+        Raises:
+            UserError: that cannot be done.
+        """
+        kept = {self._path, *files}
+        kept |= {folder for file in kept for folder in file.parents}
+        self._remove(path for path in list(self.folder.rglob("*")) if path not in kept)
+
     def start_anew(self) -> None:
         """Remove what lies in the folder.
 
         Raises:
             UserError: that cannot be done.
         """
+        self._remove(path for path in list(self.folder.iterdir()) if path != self._path)
         try:
-            for path in self.folder.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path != self._path:
-                    path.unlink()
             self._stream.truncate(0)
         except OSError as error:
             raise disk_error(f"{self._flag} {self._output}", error) from error
         self.done = None
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        try:
+            for path in paths:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    # What lay in a folder has gone with it.
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(f"{self._flag} {self._output}", error) from error
 
     def begin(self) -> None:
         """The files are prepared: what follows is about them."""
@@ -151,8 +168,12 @@ class Journal:
         except OSError as error:
             raise disk_error(f"{self._flag} {self._output}", error) from error
 
+    def discard(self) -> None:
+        """Nothing that was written can be used; `close` removes it."""
+        self.done = None
+
     def close(self) -> None:
-        """Let others write to the folder, of which nothing is left where nothing was begun."""
+        """Let others write to the folder, of which nothing is left where nothing was begun, or all was discarded."""
         if self.done is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._stream.close()

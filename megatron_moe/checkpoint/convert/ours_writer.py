@@ -87,6 +87,11 @@ class OursWriter:
         return sum(self._sizes.values())
 
     @property
+    def files(self) -> list[Path]:
+        """Of tensors."""
+        return [self.folder / name for name in self._sizes]
+
+    @property
     def pieces(self) -> list[Box]:
         """What is to be written; neighbours lie in different files."""
         of_file: dict[str, list[Box]] = {name: [] for name in self._sizes}

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.convert.blocks import Box, Side
 from megatron_moe.checkpoint.convert.ranges import Files, are_of_size, as_bytes, interleave, read_box, split, write_run
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
+from megatron_moe.checkpoint.text_files import read_at_most
 from megatron_moe.config.base import UserError, disk_error
 
 SINGLE_FILE = "model.safetensors"
@@ -42,6 +43,10 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The library's own bound (safetensors/src/tensor.rs:MAX_HEADER_SIZE).
 _LARGEST_HEADER = 100_000_000
+_MOST_AXES = 16
+# What file systems take.
+_LONGEST_NAME = 255
+_LARGEST_SIZE = 2**48
 
 
 class _Repeated(ValueError):
@@ -122,22 +127,16 @@ def _shards(given: Path) -> dict[str, set[str] | None]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    content = _json(index, _read(index))
+    content = _json(index, read_at_most(index, _LARGEST_HEADER))
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise UserError(f"{index}: damaged, it has no weight_map")
     for name, shard in found.items():
         # A plain name: `..` or a slash would lead elsewhere.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0"):
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not set(shard) & set("/\\\0")
+        if not plain or len(shard.encode(errors="replace")) > _LONGEST_NAME:
             raise UserError(f"{index}: says that {name[:80]} lies in {str(shard)[:80]!r}, which is no safetensors file")
     return found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _json(path: Path, content: bytes) -> Any:
@@ -202,6 +201,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not lists or not all(type(item) is int and 0 <= item < 2**63 for item in [*shape, *offsets]):
         raise UserError(f"{path}: damaged: {name[:80]} has no shape or no place")
+    # Before they are multiplied: a long list of large numbers takes minutes.
+    if len(shape) > _MOST_AXES or max(shape, default=0) > _LARGEST_SIZE:
+        raise UserError(f"{path}: damaged: {name[:80]} has {len(shape)} axes of up to {max(shape)}, as no weight has")
     info = TensorInfo(tuple(shape), _DTYPES[dtype])
     if offsets[1] - offsets[0] != info.nbytes:
         raise UserError(f"{path}: damaged: {name[:80]} takes {info.nbytes} bytes, its place is another size")
@@ -236,6 +238,11 @@ class SafetensorsWriter:
     def total_bytes(self) -> int:
         """On disk, without the index."""
         return sum(self._sizes.values())
+
+    @property
+    def files(self) -> list[Path]:
+        """Of tensors."""
+        return [self._files.folder / shard for shard in self._headers]
 
     @property
     def pieces(self) -> list[Box]:

@@ -1,6 +1,7 @@
 """Converts a checkpoint piece by piece, in several processes: never more of it in memory than they work on.
 
-The folder appears only complete. Until then it has another name, under which a killed conversion goes on.
+The folder appears only complete. Until then it has another name, under which a killed conversion goes on; what no
+other start can finish, as when the source is damaged or the proof failed, is removed.
 """
 
 import os
@@ -19,7 +20,7 @@ from megatron_moe.checkpoint.convert.coverage import check_coverage
 from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
 from megatron_moe.checkpoint.convert.journal import Journal, check_free, fingerprint
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import Resumable, UserError, disk_error
 from megatron_moe.data.pool import run_tasks
 
 # Pieces that one task is made of: many small ones, or a large one.
@@ -45,6 +46,10 @@ class TensorWriter(Protocol):
     @property
     def total_bytes(self) -> int:
         """On disk."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that pieces are written into."""
 
     @property
     def pieces(self) -> list[Box]:
@@ -85,7 +90,9 @@ def convert(
         writer: of the other side; its files lie in `journal.py:unfinished_folder(output)`.
         output: the folder, which appears when it is complete.
         inputs: files and folders that are read: an unfinished conversion goes on only if they did not change.
-        finish: adds the files that are no tensors to the unfinished folder; called when all tensors are written.
+        finish: adds the files that are no tensors to the unfinished folder, where it finds none of an earlier start;
+            called when all tensors are written. Its `UserError` says that the conversion is wrong, unless it is
+            `Resumable`.
         flag: names `output` in messages.
         source_name: names the source in messages; by default the first of `inputs`.
         workers: processes; default: one for each core, and one alone for what is small.
@@ -93,7 +100,8 @@ def convert(
 
     Raises:
         UserError: the source does not fit the map, or is damaged; `output` is there already or cannot be written; a
-            process died. What was written is kept and used when the same is started again.
+            process died. What was written is kept for another start where the error is `Resumable`, and where an
+            earlier start had begun.
     """
     check_free(output, flag)
     name = source_name or str(inputs[0])
@@ -104,20 +112,35 @@ def convert(
         check_coverage(blocks, source.infos, writer.infos, ours_in=name, theirs_in="the files to write")
     identity = fingerprint((__version__, type(writer).__name__, list(writer.infos.items()), blocks), inputs)
     journal = Journal(output, flag, identity)
+    # An earlier start's work is not thrown away for a mistake in this one.
+    anew = journal.done is None or not writer.is_prepared
+    removable = anew
     try:
         pieces = writer.pieces
-        if journal.done is None or not writer.is_prepared:
+        if anew:
             journal.start_anew()
             _check_room(output, flag, writer.total_bytes)
             writer.prepare()
             journal.begin()
         else:
+            assert journal.done is not None
             _check_room(output, flag, writer.total_bytes - _bytes(writer, [pieces[index] for index in journal.done]))
         _write_pieces(blocks, source, writer, pieces, journal, workers, progress=progress)
+        removable = True
+        journal.keep_only(writer.files)
         writer.finish()
-        finish(journal.folder)
+        try:
+            finish(journal.folder)
+        except OSError as error:
+            raise disk_error(f"{flag} {output}", error) from error
+        removable = False
         journal.publish()
+    except UserError as error:
+        if removable and not isinstance(error, Resumable):
+            journal.discard()
+        raise
     finally:
+        # Up to here no other process may begin in the folder, so that none of its work is removed.
         journal.close()
 
 

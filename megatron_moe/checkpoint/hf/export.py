@@ -15,10 +15,11 @@ from megatron_moe.checkpoint.convert.engine import target_infos
 from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.ours_reader import OursSource
 from megatron_moe.checkpoint.convert.safetensors_files import SafetensorsWriter
+from megatron_moe.checkpoint.convert.stream import convert
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.hf.card import CardFacts, model_card
 from megatron_moe.checkpoint.hf.families.base import Family
-from megatron_moe.checkpoint.hf.folders import check_room, check_target, convert_whole
+from megatron_moe.checkpoint.hf.folders import check_room, check_target
 from megatron_moe.checkpoint.hf.generation_config import generation_config, special_ids
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ExportOptions
@@ -100,7 +101,7 @@ def export_hf(options: ExportOptions, command: str, *, debug: bool = False) -> I
         (folder / "README.md").write_text(_card(export, command, tokenizer[0], proof), encoding="utf-8")
 
     folder = unfinished_folder(export.output)
-    convert_whole(
+    convert(
         export.blocks,
         export.source,
         SafetensorsWriter(folder, export.infos, options.shard_bytes),

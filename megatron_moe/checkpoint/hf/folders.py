@@ -1,20 +1,13 @@
-"""The folder that a conversion writes: what must hold of it before, and that it is complete or not there."""
+"""The folder that a conversion writes: what must hold of it before."""
 
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.convert.journal import unfinished_folder
-from megatron_moe.checkpoint.convert.stream import TensorWriter, convert
-from megatron_moe.checkpoint.convert.tensors import TensorSource
-from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.config.base import UserError
 
 # Tokenizer, card, configs, journal.
 _SMALL_FILES = 64 << 20
-# What is advised when the disk is full (`base.py:disk_error`), a process died (`stream.py`, `verify.py`), or another
-# one works on the same folder (`journal.py`).
-_GO_ON = ("then start again", "start the same again", "wait for it to end")
 
 
 def check_target(target: Path, flag: str, source: Path, source_flag: str) -> None:
@@ -53,44 +46,6 @@ def check_room(target: Path, needed: int, flag: str) -> None:
             f"{flag} {target}: needs {_gigabytes(needed + _SMALL_FILES)}, but {place} has {_gigabytes(free)} free; "
             "make room, or give another place"
         )
-
-
-def convert_whole(
-    blocks: Sequence[Block],
-    source: TensorSource,
-    writer: TensorWriter,
-    output: Path,
-    *,
-    inputs: Sequence[Path],
-    finish: Callable[[Path], None],
-    flag: str,
-    workers: int | None,
-) -> None:
-    """`stream.py:convert`, which keeps what it has written for another start; here what no other start can finish is
-    removed, as when the source is damaged or the proof failed.
-
-    Raises:
-        UserError: see there, or raised by `finish`.
-    """
-    folder = unfinished_folder(output)
-    # Of an earlier start, whose work is not thrown away for a mistake in this one.
-    found, finishing = folder.exists(), False
-
-    def finish_noted(place: Path) -> None:
-        nonlocal finishing
-        finishing = True
-        try:
-            finish(place)
-        except OSError as error:
-            raise disk_error(f"{flag} {output}", error) from error
-
-    try:
-        convert(blocks, source, writer, output, inputs=inputs, finish=finish_noted, flag=flag, workers=workers)
-    except UserError as error:
-        goes_on = any(words in str(error) for words in _GO_ON)
-        if not goes_on and (finishing or not found):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _gigabytes(count: int) -> str:

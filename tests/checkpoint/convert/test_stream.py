@@ -1,5 +1,7 @@
 """Streamed conversions: the same with any number of processes, resumable after any end, whole or invisible."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -22,7 +24,7 @@ from megatron_moe.checkpoint.convert.journal import unfinished_folder
 from megatron_moe.checkpoint.convert.safetensors_files import SINGLE_FILE, SafetensorsSource, SafetensorsWriter
 from megatron_moe.checkpoint.convert.stream import convert
 from megatron_moe.checkpoint.convert.tensors import TensorSource
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import Resumable, UserError
 from tests.helpers.tensors import DyingSource, MemorySource, SlowSource
 
 COUNT = 40
@@ -175,7 +177,112 @@ def test_a_conversion_that_was_killed_goes_on(signal_number: int, tmp_path: Path
 
 
 def _stop(_: Path) -> None:
-    raise UserError("stopped")
+    raise Resumable("stopped")
+
+
+def _refuse(_: Path) -> None:
+    raise UserError("differs")
+
+
+def _full(_: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _take_the_name(folder: Path) -> None:
+    output = folder.with_name("out")
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+
+
+@pytest.mark.parametrize(
+    ("finish", "kept"),
+    [(_refuse, False), (_stop, True), (_full, True), (_take_the_name, True)],
+    ids=["wrong", "not known", "full", "name taken"],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_left_when_the_end_fails(
+    finish: Callable[[Path], None], kept: bool, resumed: bool, tmp_path: Path, origin: Path
+) -> None:
+    """Nothing, unless the weights are right."""
+    output = tmp_path / "out"
+    if resumed:
+        with pytest.raises(UserError, match="stopped"):
+            run(MemorySource(OURS), output, origin, finish=_stop)
+    with pytest.raises(UserError):
+        run(MemorySource(OURS), output, origin, finish=finish)
+    assert unfinished_folder(output).exists() == kept
+    shutil.rmtree(output, ignore_errors=True)
+    source = MemorySource(OURS)
+    run(source, output, origin)
+    assert_whole(output)
+    assert (source.numbers_read == 0) == kept
+
+
+class _Wrong(MemorySource):
+    """A source whose last tensor turns out to be damaged."""
+
+    error: Exception = UserError("damaged")
+
+    def read(self, box: Any) -> Tensor:
+        if box.name == f"layer.{COUNT - 1}":
+            raise self.error
+        return super().read(box)
+
+
+@pytest.mark.parametrize("error", [UserError("damaged"), Resumable("a process died"), MemoryError("none left")])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_left_when_the_source_fails(
+    error: Exception, resumed: bool, tmp_path: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that another start may use; what an earlier one has written is not lost by a mistake in this one."""
+    output = tmp_path / "out"
+    source = _Wrong(OURS)
+    if resumed:
+        monkeypatch.setattr(_Wrong, "error", Resumable("a process died"))
+        with pytest.raises(UserError, match="a process died"):
+            run(source, output, origin)
+    monkeypatch.setattr(_Wrong, "error", error)
+    with pytest.raises(type(error), match=str(error)):
+        run(source, output, origin)
+    assert unfinished_folder(output).exists() == (resumed or type(error) is not UserError)
+
+
+def test_what_cannot_be_used_is_removed_before_another_process_may_begin(
+    tmp_path: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, remove, held = tmp_path / "out", shutil.rmtree, []
+
+    def noted(path: Path, **options: Any) -> None:
+        with (path / journal._JOURNAL).open() as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(path)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    with pytest.raises(UserError, match="differs"):
+        run(MemorySource(OURS), output, origin, finish=_refuse)
+    assert held == [unfinished_folder(output)]
+    assert not held[0].exists()
+
+
+def test_no_file_of_an_earlier_start_is_published(tmp_path: Path, origin: Path) -> None:
+    output = tmp_path / "out"
+
+    def with_more(folder: Path) -> None:
+        (folder / "LICENSE").write_text("of other options")
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.model").write_text("of another model")
+        (folder / "link").symlink_to(origin.parent)
+        raise Resumable("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        run(MemorySource(OURS), output, origin, finish=with_more)
+    assert (unfinished_folder(output) / "LICENSE").exists()
+    source = MemorySource(OURS)
+    run(source, output, origin)
+    assert source.numbers_read == 0
+    assert_whole(output)
+    assert origin.exists()
 
 
 def test_a_changed_source_or_option_starts_anew(tmp_path: Path, origin: Path) -> None:
