@@ -27,7 +27,7 @@ from megatron_moe.checkpoint.hf.remote.family import copy_code
 from megatron_moe.checkpoint.hf.served import REMOTE_TYPE
 from megatron_moe.checkpoint.hf.targets import Target, choose_hf_target
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer, check_template, export_tokenizer
-from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, exact_names, prove
+from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE
 from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig
@@ -162,7 +162,6 @@ def _prove(export: _Export, folder: Path, debug: bool) -> Proof:
         export.saved,
         folder,
         dtype=export.dtype,
-        exact_names=exact_names(export.blocks, export.family.fp32_names(export.trained)),
         remote_code=export.family.model_type == REMOTE_TYPE,
         tolerance=math.inf if lossy else TOLERANCE,
         debug=debug,

@@ -28,7 +28,7 @@ from megatron_moe.checkpoint.hf.own_code import needs_code
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
 from megatron_moe.checkpoint.hf.usual_names import Files, UsualNames, has_names_of_memory
-from megatron_moe.checkpoint.hf.verify import Proof, exact_names, prove
+from megatron_moe.checkpoint.hf.verify import Proof, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, checkpoint_folder
 from megatron_moe.config.base import UserError
 from megatron_moe.config.data import DataConfig
@@ -199,7 +199,6 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
 
     def finish(checkpoint: Path) -> None:
         if options.verify:
-            names = exact_names(made.blocks, family.fp32_names(run))
             saved = SavedModel(checkpoint, made.run, tokenizer)
             dtype = next(iter(parameters_of_dtype(made.model.infos)))
             proof.append(
@@ -207,7 +206,6 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
                     saved,
                     folder,
                     dtype=dtype,
-                    exact_names=names,
                     left_out=lambda key: is_left_out(family, run, key),
                     remote_code=remote_code,
                     debug=debug,

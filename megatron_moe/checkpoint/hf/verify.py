@@ -12,12 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.hf.own_code import with_own_code
 from megatron_moe.checkpoint.hf.texts import proof_ids
 from megatron_moe.checkpoint.layout import UNFINISHED
@@ -78,7 +77,6 @@ def prove(
     folder: Path,
     *,
     dtype: str,
-    exact_names: frozenset[str] = frozenset(),
     left_out: Callable[[str], bool] = lambda key: False,
     remote_code: bool = False,
     tolerance: float = TOLERANCE,
@@ -90,7 +88,6 @@ def prove(
         saved: ours.
         folder: of theirs.
         dtype: such as `bfloat16`; both sides' weights are rounded to it, where they are finer.
-        exact_names: our parameters that are not.
         left_out: whether what lies in the folder is known to be no weight of the class (`native.py:is_left_out`).
         remote_code: whether it is of our own class, whose code is this package's.
         tolerance: the largest difference of a logit.
@@ -107,7 +104,7 @@ def prove(
     count = saved.run.model.num_domains
     domains = [row % count for row in range(len(ids))] if count is not None else None
     with tempfile.TemporaryDirectory(prefix="megatron_moe-proof-") as scratch:
-        logits = our_logits(saved, ids, domains, dtype, exact_names, Path(scratch))
+        logits = our_logits(saved, ids, domains, dtype, Path(scratch))
         # One model in memory at a time.
         gc.collect()
         place, note = folder, None
@@ -121,24 +118,17 @@ def prove(
     return dataclasses.replace(proof, note=note)
 
 
-def exact_names(blocks: Iterable[Block], fp32_names: Collection[str]) -> frozenset[str]:
-    """Our tensors that theirs keep in float32 whatever the others are."""
-    return frozenset(
-        block.ours.name
-        for block in blocks
-        if block.ours is not None and block.theirs is not None and block.theirs.name in fp32_names
-    )
-
-
 def our_logits(
     saved: SavedModel,
     ids: Sequence[Sequence[int]],
     domains: Sequence[int] | None,
     dtype: str,
-    exact_names: frozenset[str],
     scratch: Path,
 ) -> list[str]:
-    """Write our logits [S, V] of every row to a file; returns their paths."""
+    """Write our logits [S, V] of every row to a file; returns their paths.
+
+    All parameters are rounded, as `fresh_process.py` rounds theirs: what stays float32 in an export are buffers.
+    """
     import numpy as np
     import torch
 
@@ -146,9 +136,8 @@ def our_logits(
 
     model = load_saved(saved)
     rounded = getattr(torch, dtype)
-    for name, parameter in model.module.named_parameters():
-        if name not in exact_names:
-            parameter.data = parameter.data.to(rounded).to(parameter.dtype)
+    for parameter in model.module.parameters():
+        parameter.data = parameter.data.to(rounded).to(parameter.dtype)
     paths = []
     for row, tokens in enumerate(ids):
         domain = None if domains is None else torch.tensor([[domains[row]]])
