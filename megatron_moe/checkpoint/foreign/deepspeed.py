@@ -29,11 +29,13 @@ from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, dtype_n
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
+from megatron_moe.checkpoint.text_files import read_at_most
 from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import Values, build_run
 from megatron_moe.moe.layout import expert_layout
 
 LATEST = "latest"
+_LONGEST_NAME = 4096
 _RANK = re.compile(r"mp_rank_(\d\d)_model_states\.pt")
 _ZERO_3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d\d_model_states\.pt")
 _PIPELINE = re.compile(r"layer_\d+-model(?:_\d+)?-model_states\.pt|layer_\d+-model_\d+.*\.pt")
@@ -82,8 +84,9 @@ def _step_folder(folder: Path) -> Path:
     latest = folder / LATEST
     if not latest.is_file():
         return folder
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not name or Path(name).name != name or not (folder / name).is_dir():
+    name = read_at_most(latest, _LONGEST_NAME).decode("utf-8", errors="replace").strip()
+    # One of those that are here: `..` or a slash would lead elsewhere.
+    if name not in {path.name for path in folder.iterdir() if path.is_dir()}:
         raise UserError(f"{latest}: names {name[:80]!r}, which is no folder beside it")
     return folder / name
 

@@ -31,6 +31,7 @@ from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, dtype_n
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
+from megatron_moe.checkpoint.text_files import read_at_most
 from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import Values, build_run
 from megatron_moe.moe.layout import expert_layout
@@ -94,10 +95,10 @@ def open_pai(folder: Path, flags: Values | None = None) -> ForeignModel:
 
 def _config(folder: Path) -> Settings:
     path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; a GPT-MoE of PAI's has one")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; a GPT-MoE of PAI's has one") from error
+        content = json.loads(read_at_most(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({str(error)[:80]})") from error
     if not isinstance(content, dict):

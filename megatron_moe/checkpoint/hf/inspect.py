@@ -17,6 +17,7 @@ from megatron_moe.checkpoint.foreign.deepspeed import open_deepspeed
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.foreign.pai import open_pai
 from megatron_moe.checkpoint.layout import CONFIG_FILE, LATEST_FILE, checkpoint_folder, find_checkpoint
+from megatron_moe.checkpoint.text_files import read_at_most
 from megatron_moe.checkpoint.torch_metadata import FILE as METADATA_FILE
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError
@@ -207,8 +208,8 @@ def read_config(folder: Path, flag: str = "--hf") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {folder}: holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(read_at_most(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, is not JSON ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: damaged, holds a {type(config).__name__} and no object")

@@ -156,6 +156,24 @@ def _edit_index(path: Path, change: Callable[[dict[str, str]], object]) -> None:
             lambda folder: _edit_index(folder / INDEX_FILE, lambda m: m.update(half="../x.safetensors")),
             "no safetensors",
         ),
+        (
+            lambda folder: _edit_index(folder / INDEX_FILE, lambda m: m.update(half="x" * 300 + ".safetensors")),
+            "no safetensors",
+        ),
+        (lambda folder: (folder / INDEX_FILE).write_bytes(b" " * 100_000_001), "is larger than 100,000,000 bytes"),
+        (
+            lambda folder: _edit_header(
+                folder / "model-00002-of-00003.safetensors",
+                lambda t: t.replace("[5,8,3]", f"[{','.join(['1'] * 17)}]"),
+            ),
+            "a.weight has 17 axes",
+        ),
+        (
+            lambda folder: _edit_header(
+                folder / "model-00002-of-00003.safetensors", lambda t: t.replace("[5,8,3]", f"[{2**49},0]")
+            ),
+            "axes of up to 562949953421312",
+        ),
         (lambda folder: (folder / INDEX_FILE).write_text("{"), "not JSON"),
         (lambda folder: (folder / INDEX_FILE).write_text("[]"), "no weight_map"),
         (lambda folder: (folder / INDEX_FILE).unlink(), f"{INDEX_FILE} is not"),

@@ -122,12 +122,24 @@ def spread(folder: Path) -> None:
         path.rename(path.with_name(f"zero_pp_rank_0_{path.name}"))
 
 
+def latest(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "latest").write_text(name) and None
+
+
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no rank": (drop("mp_rank_01*"), r"files of 1 tensor-parallel ranks, but was written by 2"),
     "no first rank": (drop("mp_rank_00*"), r"mp_rank_00_model_states.pt: missing"),
     "no expert": (drop("layer_1_expert_3_mp_rank_00*"), r"layer_1_expert_3_mp_rank_00_model_states.pt: missing"),
     "no weights": (drop("*"), r"holds no mp_rank_00_model_states.pt"),
-    "no step": (lambda folder: (folder / "latest").write_text("../x") and None, r"latest: names '../x'"),
+    "no step": (latest("global_step51"), r"latest: names 'global_step51', which is no folder beside it"),
+    "latest beside": (latest("../x"), r"latest: names '../x', which"),
+    "latest above": (latest(".."), r"latest: names '..', which"),
+    "latest elsewhere": (latest("/"), r"latest: names '/', which"),
+    "latest itself": (latest("."), r"latest: names '.', which"),
+    "latest below": (latest("global_step50/."), r"latest: names 'global_step50/.', which"),
+    "latest of no length": (latest(""), r"latest: names '', which"),
+    "latest too long": (latest("x" * 5000), r"latest: is larger than 4,096 bytes"),
+    "latest no name": (latest("\0" * 300), r"latest: names "),
     "ZeRO 3": (spread, r"ZeRO stage 3 spread its weights"),
     "pipeline": (
         lambda folder: (folder / "global_step50/layer_03-model_00-model_states.pt").write_bytes(b""),  # type: ignore[func-returns-value]

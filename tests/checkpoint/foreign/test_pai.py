@@ -161,7 +161,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no expert": (drop(f"model/{EXPERT}"), rf"{EXPERT}: missing; the checkpoint has 12 files of experts"),
     "no rank": (drop("model/mp_rank_00"), r"mp_rank_00: missing"),
     "no last rank": (drop("model/mp_rank_01"), r"has 60 rows in 1 mp_rank folder, but config.json says vocab_size 120"),
-    "no config": (drop("config.json"), r"config.json: cannot be read"),
+    "no config": (drop("config.json"), r"config.json: is missing"),
     "no weights": (drop("model"), r"model: no such folder"),
     "other model": (lambda folder: edit_config(folder, model_type="gpt2"), r"model_type 'gpt2': must be 'gpt-moe'"),
     "other width": (lambda folder: edit_config(folder, hidden_size=64, num_attention_heads=8), r"this configuration"),

@@ -175,6 +175,12 @@ CASES = [
         "--hf {run}: holds no config.json; give the folder of a Hugging Face checkpoint",
     ),
     Case(
+        "a config.json of another size",
+        IMPORT,
+        "{hf}/config.json: is larger than 10,000,000 bytes, so it is not what its name says",
+        lambda place: (place.hf / "config.json").write_bytes(b" " * 10_000_001),
+    ),
+    Case(
         "another architecture",
         IMPORT,
         "--hf {hf}: config.json: model_type bert: is not read; there are mixtral, qwen3_moe, ",
