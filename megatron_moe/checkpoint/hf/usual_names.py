@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.convert.blocks import Box, whole
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
 from megatron_moe.checkpoint.hf.families.parts import LLAMA_MLP, MIXTRAL_MLP, GatedNames
+from megatron_moe.config.base import UserError
 
 _FIRST = ".experts.gate_up_proj"
 _EXPERTS = re.compile(r"(?P<layer>model\.layers\.\d+\.)(?P<block>\w+)\.experts\.(?P<which>gate_up|down)_proj")
@@ -61,16 +62,21 @@ class UsualNames:
     Args:
         source: the files.
         model_type: of their family.
+
+    Raises:
+        UserError: experts do not lie as transformers holds them, or the files hold them by both names.
     """
 
     def __init__(self, source: Files, model_type: str) -> None:
         self._source = source
         naming = _NAMINGS.get(model_type, _PLAIN)
-        self._parts = {
-            name: (part, shape)
-            for stored, info in source.infos.items()
-            for name, part, shape in _default_names(stored, info.shape, naming)
-        }
+        self._parts: dict[str, tuple[Box, tuple[int, ...]]] = {}
+        for stored, info in source.infos.items():
+            for name, part, shape in _default_names(stored, info.shape, naming):
+                if name in self._parts:
+                    first = self._parts[name][0].name
+                    raise UserError(f"{stored}: is in {first} a second time; the files are of two models")
+                self._parts[name] = (part, shape)
         self.infos = {
             name: TensorInfo(shape, source.infos[part.name].dtype) for name, (part, shape) in self._parts.items()
         }
@@ -106,9 +112,12 @@ def _default_names(name: str, shape: tuple[int, ...], naming: _Naming) -> Iterat
         ending = {"gate_up": "input_linear", "down": "output_linear"}[match["which"]]
         yield f"{beginning}{ending}.weight", whole(name, shape), shape
         return
-    count, rows, columns = shape
     first = (naming.experts.gate, naming.experts.up)
     names = first if match["which"] == "gate_up" else (naming.experts.down,)
+    if len(shape) != 3 or 0 in shape or shape[1] % len(names):
+        needed = "[experts, 2 x width, hidden]" if len(names) == 2 else "[experts, hidden, width]"
+        raise UserError(f"{name}: has the shape {list(shape)}; must be {needed}")
+    count, rows, columns = shape
     height = rows // len(names)
     for expert in range(count):
         for place, matrix in enumerate(names):
