@@ -8,6 +8,8 @@ from typing import Literal
 from megatron_moe.config.base import ConfigError, flag_name, format_value, require, require_fraction, require_positive
 
 MOST_LAYERS = 10_000
+# More are no domains but something that differs from document to document.
+MOST_DOMAINS = 4096
 # What an index of torch's kernels holds.
 LARGEST_SIZE = 2**31 - 1
 YARN_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -165,6 +167,8 @@ class ModelConfig:
             require(size is None or size <= LARGEST_SIZE, name, size, f"at most {LARGEST_SIZE}")
         # Layers are counted one by one: a slip, or a file that means harm, must not take all memory.
         require(self.num_layers <= MOST_LAYERS, "num_layers", self.num_layers, f"at most {MOST_LAYERS}")
+        domains = self.num_domains
+        require(domains is None or domains <= MOST_DOMAINS, "num_domains", domains, f"at most {MOST_DOMAINS}")
         require_fraction(self, "attention_dropout", "hidden_dropout")
         require(0.0 < self.rotary_percent <= 1.0, "rotary_percent", self.rotary_percent, "in (0, 1]")
         require(self.norm_epsilon > 0.0, "norm_epsilon", self.norm_epsilon, "greater than 0")

@@ -12,6 +12,7 @@ from megatron_moe.config.base import (
     require_fraction,
     require_positive,
 )
+from megatron_moe.config.model import MOST_LAYERS
 from megatron_moe.config.routers import RouterName
 
 
@@ -113,6 +114,8 @@ class MoEConfig:
             "moe_router_group_topk",
             "moe_shared_expert_intermediate_size",
         )
+        blocks = self.expert_residual_layers
+        require(blocks <= MOST_LAYERS, "expert_residual_layers", blocks, f"at most {MOST_LAYERS}")
         require_fraction(self, "moe_input_jitter_eps", "moe_expert_dropout")
         for name in ("moe_first_dense_layers", "moe_min_capacity"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

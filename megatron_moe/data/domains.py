@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError, disk_error
+from megatron_moe.config.model import MOST_DOMAINS
 from megatron_moe.data.files import atomic_file, atomic_write
 from megatron_moe.data.safe_numpy import check_array_file
 
 DTYPE = np.dtype("<u2")
-# More are no domains but something that differs from document to document.
-MOST_DOMAINS = 4096
 _BLOCK = 1 << 22
 _CURE = "write it with tools/preprocess_data.py --domain-key FIELD"
 

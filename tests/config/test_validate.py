@@ -236,6 +236,12 @@ def test_legal_runs(words: str, world_size: int) -> None:
             1,
             "--rope-scaling-factor 0.5: must be at least 1",
         ),
+        (BASE + "--num-domains 4097", 1, "--num-domains 4097: must be at most 4096"),
+        (
+            MOE + "--use-expert-residual-network --expert-residual-layers 10001",
+            1,
+            "--expert-residual-layers 10001: must be at most 10000",
+        ),
         (BASE + "--gelu-tanh --swiglu", 1, "--swiglu and --gelu-tanh: give one of them"),
         (
             MOE + "--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0 --moe-router-topk-scaling-factor 2",

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError
-from megatron_moe.data.domains import DTYPE, MOST_DOMAINS, DomainsWriter
+from megatron_moe.config.model import MOST_DOMAINS
+from megatron_moe.data.domains import DTYPE, DomainsWriter
 from megatron_moe.data.indexed_writer import IndexedWriter, Readable
 from megatron_moe.data.preprocess.job import Output, Totals
 from megatron_moe.data.preprocess.workspace import Workspace

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_moe.config.base import ConfigError
 from megatron_moe.config.data import DataConfig
-from megatron_moe.data.domains import MOST_DOMAINS
+from megatron_moe.config.model import MOST_DOMAINS
 from megatron_moe.data.tokenizer.load import Tokenizer
 
 # SentencePiece and its input need up to 35 bytes of memory a byte of text: two workers stay below 1 GB. A Hugging Face

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config.base import UserError, disk_error
-from megatron_moe.data.domains import DTYPE, MOST_DOMAINS
+from megatron_moe.config.model import MOST_DOMAINS
+from megatron_moe.data.domains import DTYPE
 from megatron_moe.data.preprocess.encode import Encoded, encode_texts
 from megatron_moe.data.preprocess.job import Preprocessing, Totals
 from megatron_moe.data.preprocess.read import Batch, InputReader

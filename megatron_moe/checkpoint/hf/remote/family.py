@@ -24,7 +24,7 @@ from megatron_moe.checkpoint.hf.families.base import HfConfig
 from megatron_moe.checkpoint.hf.families.fields import LONGEST_SAMPLE, SOURCE, Fields, check_storage
 from megatron_moe.config.attention import is_cross_layer
 from megatron_moe.config.base import UserError
-from megatron_moe.config.model import MOST_LAYERS, YARN_FLAGS, ModelConfig
+from megatron_moe.config.model import MOST_DOMAINS, MOST_LAYERS, YARN_FLAGS, ModelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.expert_residual import EXPANSION
 from megatron_moe.moe.layout import expert_layout
@@ -38,8 +38,6 @@ AUTO_MAP = {
 # Routers that choose the best of their logits outside of training, with all flags of `topk`.
 _TOPK_ROUTERS = ("topk", "large-margin", "recycle", "token-embedding")
 _FIXED_ROUTERS = ("hash", "random-routed")
-# Token files number them with 16 bits.
-MOST_DOMAINS = 2**16
 _DTYPES = {"fp32": "float32", "fp64": "float64"}
 _COMBINES = {None: {}, "softmax": {"mlp_type": "residual"}, "add": {"mlp_type": "residual", "residual_combine": "add"}}
 
