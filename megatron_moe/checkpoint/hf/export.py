@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,9 +29,9 @@ from megatron_moe.checkpoint.hf.remote.family import copy_code
 from megatron_moe.checkpoint.hf.served import REMOTE_TYPE
 from megatron_moe.checkpoint.hf.targets import Target, choose_hf_target
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer, check_template, export_tokenizer
-from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, prove
+from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, check_transformers, keeping_what_is_written, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import UserError, disk_error
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import load_saved_run
@@ -91,34 +93,42 @@ def export_hf(options: ExportOptions, command: str, *, debug: bool = False) -> I
     export = _plan(options)
     yield from export.target.lines
     proof: list[Proof] = []
-    tokenizer: list[ExportedTokenizer] = []
+    with tempfile.TemporaryDirectory(prefix="megatron_moe-export-") as scratch:
+        small = Path(scratch) / "files"
+        # Before the weights, which take hours: a tokenizer without a twin of the same ids ends it here.
+        try:
+            small.mkdir()
+            tokenizer = _write_small_files(export, small)
+        except OSError as error:
+            raise disk_error(scratch, error) from error
 
-    def finish(folder: Path) -> None:
-        """Everything but the weights."""
-        tokenizer.append(_write_small_files(export, folder))
-        if options.verify:
-            proof.append(_prove(export, folder, debug))
-        (folder / "README.md").write_text(_card(export, command, tokenizer[0], proof), encoding="utf-8")
+        def finish(folder: Path) -> None:
+            """Everything but the weights."""
+            shutil.copytree(small, folder, dirs_exist_ok=True)
+            if options.verify:
+                with keeping_what_is_written():
+                    proof.append(_prove(export, folder, debug))
+            (folder / "README.md").write_text(_card(export, command, tokenizer, proof), encoding="utf-8")
 
-    folder = unfinished_folder(export.output)
-    convert(
-        export.blocks,
-        export.source,
-        SafetensorsWriter(folder, export.infos, options.shard_bytes),
-        export.output,
-        inputs=[export.saved.folder],
-        finish=finish,
-        flag="--output",
-        workers=options.workers,
-    )
+        convert(
+            export.blocks,
+            export.source,
+            SafetensorsWriter(unfinished_folder(export.output), export.infos, options.shard_bytes),
+            export.output,
+            inputs=[export.saved.folder],
+            finish=finish,
+            flag="--output",
+            workers=options.workers,
+        )
     total = sum(info.nbytes for info in export.infos.values())
     yield f"{export.output}: {len(export.infos)} tensors, {total:,} bytes in {export.dtype}"
-    yield f"tokenizer: {tokenizer[0].note}"
+    yield f"tokenizer: {tokenizer.note}"
     yield from proof[0].lines() if proof else ["NOT verified (--no-verify)"]
 
 
 def _plan(options: ExportOptions) -> _Export:
     """Look at everything that could be wrong."""
+    check_transformers()
     output = Path(options.output)
     template = _text_file(options.chat_template, "--chat-template")
     if template is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -28,15 +29,15 @@ from megatron_moe.checkpoint.hf.own_code import needs_code
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
 from megatron_moe.checkpoint.hf.usual_names import Files, UsualNames, has_names_of_memory
-from megatron_moe.checkpoint.hf.verify import Proof, prove
+from megatron_moe.checkpoint.hf.verify import Proof, check_transformers, keeping_what_is_written, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE, TOKENIZER_FOLDER, checkpoint_folder
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import UserError, disk_error
 from megatron_moe.config.data import DataConfig
 from megatron_moe.config.run import CheckpointConfig, RunConfig
 from megatron_moe.config.schema import run_sections
 from megatron_moe.config.yaml_io import Values, build_run, load_values, save_run
 from megatron_moe.data.tokenizer.kinds.sentence_piece import SAVED_NAME
-from megatron_moe.data.tokenizer.load import Tokenizer, load_tokenizer, with_vocab_size
+from megatron_moe.data.tokenizer.load import Tokenizer, load_saved_tokenizer, load_tokenizer, with_vocab_size
 from megatron_moe.inference.saved_model import SavedModel
 from megatron_moe.model.parameters import count_parameters
 
@@ -184,6 +185,8 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
     Raises:
         UserError: a flag or file is wrong, the model is not one of ours, the disk is too small, or the proof failed.
     """
+    if options.verify:
+        check_transformers()
     folder, save = Path(options.hf), Path(options.save)
     check_target(save, "--save", folder, "--hf")
     run, family, source = open_hf(folder)
@@ -201,16 +204,17 @@ def import_hf(options: ImportOptions, *, debug: bool = False) -> Iterator[str]:
         if options.verify:
             saved = SavedModel(checkpoint, made.run, tokenizer)
             dtype = next(iter(parameters_of_dtype(made.model.infos)))
-            proof.append(
-                prove(
-                    saved,
-                    folder,
-                    dtype=dtype,
-                    left_out=lambda key: is_left_out(family, run, key),
-                    remote_code=remote_code,
-                    debug=debug,
+            with keeping_what_is_written():
+                proof.append(
+                    prove(
+                        saved,
+                        folder,
+                        dtype=dtype,
+                        left_out=lambda key: is_left_out(family, run, key),
+                        remote_code=remote_code,
+                        debug=debug,
+                    )
                 )
-            )
 
     _write(made, finish)
     yield f"{folder}: {family.architecture} of {len(source.infos)} tensors"
@@ -297,6 +301,8 @@ def _plan(
 
 def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
     unfinished = unfinished_folder(made.save)
+    # Before the weights, which take hours.
+    _check_tokenizer(made.tokenizer)
 
     def add_files(folder: Path) -> None:
         checkpoint = checkpoint_folder(folder, _STEP)
@@ -316,6 +322,22 @@ def _write(made: Import, finish: Callable[[Path], None] | None) -> None:
         flag="--save",
         workers=made.workers,
     )
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """What the run will hold of it must be read back as the same."""
+    with tempfile.TemporaryDirectory(prefix="megatron_moe-import-") as scratch:
+        folder = Path(scratch) / TOKENIZER_FOLDER
+        try:
+            tokenizer.save_to(folder)
+        except OSError as error:
+            raise disk_error(scratch, error) from error
+        again = load_saved_tokenizer(folder)
+    if (again.vocab_size, again.eod) != (tokenizer.vocab_size, tokenizer.eod):
+        raise UserError(
+            f"tokenizer: a copy of it has {again.vocab_size} ids and ends documents with {again.eod} instead of "
+            f"{tokenizer.vocab_size} and {tokenizer.eod}; give another one with --tokenizer"
+        )
 
 
 def _rounded(made: Import) -> Iterator[str]:

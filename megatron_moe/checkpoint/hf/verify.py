@@ -7,12 +7,14 @@ or of another shape, and no logit may be off by more than `TOLERANCE`.
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from megatron_moe.checkpoint.hf.own_code import with_own_code
 from megatron_moe.checkpoint.hf.texts import proof_ids
 from megatron_moe.checkpoint.layout import UNFINISHED
-from megatron_moe.config.base import UserError
+from megatron_moe.config.base import Resumable, UserError
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.inference.saved_model import SavedModel
 
@@ -32,6 +34,10 @@ _PROBLEMS = {
     "unexpected_keys": "is in the folder but not read by the class",
     "mismatched_keys": "has another shape than the class needs",
 }
+
+
+class NotProved(Resumable):
+    """The proof could not be run, so nothing is known against the folder."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,27 @@ class Proof:
         return asdict(self)
 
 
+def check_transformers() -> None:
+    """What an export and a proof need must be there before hours of work are done.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("transformers: is not installed; install the version that requirements.txt names")
+
+
+@contextmanager
+def keeping_what_is_written() -> Iterator[None]:
+    """Around the proof of a folder under way: says what to do where the proof could not be run."""
+    try:
+        yield
+    except NotProved as error:
+        raise NotProved(
+            f"{error}; what is written is kept: start the same again when that is mended, or with --no-verify"
+        ) from error
+
+
 def prove(
     saved: SavedModel,
     folder: Path,
@@ -94,7 +121,8 @@ def prove(
         debug: show what the fresh process prints.
 
     Raises:
-        UserError: the folder cannot be loaded, a key is missing or unexpected, or the logits are off.
+        NotProved: one of them cannot be loaded.
+        UserError: a key is missing or unexpected, or the logits are off.
     """
     # On the CPU, where float32 is float32.
     training = dataclasses.replace(saved.run.training, bf16=False, fp16=False)
@@ -104,7 +132,10 @@ def prove(
     count = saved.run.model.num_domains
     domains = [row % count for row in range(len(ids))] if count is not None else None
     with tempfile.TemporaryDirectory(prefix="megatron_moe-proof-") as scratch:
-        logits = our_logits(saved, ids, domains, dtype, Path(scratch))
+        try:
+            logits = our_logits(saved, ids, domains, dtype, Path(scratch))
+        except UserError as error:
+            raise NotProved(str(error)) from error
         # One model in memory at a time.
         gc.collect()
         place, note = folder, None
@@ -180,18 +211,18 @@ def _ask(
     if done.returncode or not answer.is_file():
         last = (done.stderr or "").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         if done.returncode < 0:
-            raise UserError(
+            raise NotProved(
                 f"verify {folder}: the process that loads it was killed by signal {-done.returncode} (out of memory?); "
-                "make room in memory and start the same again, or give --no-verify"
+                "make room in memory"
             )
-        raise UserError(f"verify {folder}: the process that loads it failed: {last[0][:300]}; --debug shows more")
+        raise NotProved(f"verify {folder}: the process that loads it failed: {last[0][:300]}; --debug shows more")
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
 
 
 def _judge(answer: dict[str, Any], folder: str, dtype: str, tolerance: float) -> Proof:
     if "error" in answer:
-        raise UserError(f"verify {folder}: transformers cannot load it: {answer['error']}")
+        raise NotProved(f"verify {folder}: transformers cannot load it: {answer['error']}")
     for name in _KEYS:
         if keys := answer[name]:
             more = f" (and {len(keys) - 1} others)" if len(keys) > 1 else ""

@@ -287,15 +287,109 @@ def kill_the_proof() -> None:
     verify.subprocess = SimpleNamespace(run=killed)  # type: ignore[assignment]
 
 
+def other_ids() -> None:
+    """Let transformers read a tokenizer that is not ours, as a mistake in its export would; reach no weight."""
+    from megatron_moe.checkpoint.convert import stream
+    from megatron_moe.checkpoint.hf import tokenizer
+
+    def reached(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were converted")
+
+    tokenizer._load = lambda folder: SimpleNamespace(encode=lambda text, **_: [0])
+    stream._write_pieces = reached
+
+
+def no_weight_again() -> None:
+    """Let this process end where a weight is converted."""
+    from megatron_moe.checkpoint.convert.stream import _Worker
+
+    def reached(*_: Any) -> int:
+        raise AssertionError("a weight was converted again")
+
+    _Worker.__call__ = reached  # type: ignore[method-assign]
+
+
 def test_proof_that_was_killed_keeps_what_is_written(place: Place) -> None:
+    """And a start with other options publishes nothing of the first."""
     words = place.fill(f"{EXPORT} --workers 1").split()
-    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(kill_the_proof,))
+    (place.tmp / "text").write_text("text of the first start")
+    text = ["--license", "other", "--license-file", place.tmp / "text", "--chat-template", place.tmp / "text"]
+    done = launch(1, "tools/convert_checkpoint.py", *words, *text, prepare=(kill_the_proof,))
     assert done.codes == [2], done.stderr
     (line,) = done.stderr.splitlines()
     assert "was killed by signal 9" in line
-    assert [path.name for path in place.tmp.glob("out*")] == ["out.unfinished"]
-    assert convert(*words).codes == [0]
-    assert [path.name for path in place.tmp.glob("out*")] == ["out"]
+    assert line.endswith("what is written is kept: start the same again when that is mended, or with --no-verify")
+    unfinished = place.tmp / "out.unfinished"
+    assert list(place.tmp.glob("out*")) == [unfinished]
+    assert (unfinished / "LICENSE").read_text() == (unfinished / "chat_template.jinja").read_text()
+    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(other_ids,))
+    assert done.codes == [2], done.stderr
+    assert "other ids than SentencePieceTokenizer" in done.stderr
+    assert list(place.tmp.glob("out*")) == [unfinished]
+    done = launch(1, "tools/convert_checkpoint.py", *words, "--no-verify", prepare=(no_weight_again,))
+    assert done.codes == [0], done.stderr
+    assert list(place.tmp.glob("out*")) == [place.tmp / "out"]
+    files = {path.name for path in (place.tmp / "out").iterdir()}
+    assert files == {path.name for path in place.hf.iterdir()}
+    for name in files - {"README.md"}:
+        assert (place.tmp / "out" / name).read_bytes() == (place.hf / name).read_bytes(), name
+
+
+def test_tokenizer_is_compared_before_the_weights(place: Place) -> None:
+    words = place.fill(f"{EXPORT} --workers 1").split()
+    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(other_ids,))
+    assert done.codes == [2], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "other ids than SentencePieceTokenizer" in line
+    assert not list(place.tmp.glob("out*"))
+
+
+def test_import_whose_proof_was_killed_goes_on(place: Place) -> None:
+    words = place.fill(f"{IMPORT} --workers 1").split()
+    done = launch(1, "tools/convert_checkpoint.py", *words, "--tokenizer", "NullTokenizer", prepare=(kill_the_proof,))
+    assert done.codes == [2], done.stderr
+    assert "what is written is kept" in done.stderr
+    saved = place.tmp / "out.unfinished" / "iter_0000000" / "tokenizer"
+    before = {path.name for path in saved.iterdir()}
+    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(no_weight_again,))
+    assert done.codes == [0], done.stderr
+    assert "0 missing, 0 unexpected, 0 mismatched keys" in done.stdout
+    assert not list(place.tmp.glob("out.*"))
+    assert {path.name for path in (place.tmp / "out" / "iter_0000000" / "tokenizer").iterdir()} != before
+
+
+def no_copy() -> None:
+    """Let a tokenizer be saved as another one."""
+    from megatron_moe.checkpoint.hf import importing
+    from megatron_moe.data.tokenizer.load import NullTokenizer
+
+    other_ids()
+    importing.load_saved_tokenizer = lambda folder: NullTokenizer(7)
+
+
+def test_import_reads_its_tokenizer_back_before_the_weights(place: Place) -> None:
+    words = place.fill(f"{IMPORT} --workers 1").split()
+    done = launch(1, "tools/convert_checkpoint.py", *words, prepare=(no_copy,))
+    assert done.codes == [2], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "tokenizer: a copy of it has 7 ids and ends documents with 6 instead of 860 and 4" in line
+    assert not list(place.tmp.glob("out*"))
+
+
+def without_transformers() -> None:
+    """Let it not be found."""
+    from megatron_moe.checkpoint.hf import verify
+
+    verify.importlib = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("words", [EXPORT, IMPORT], ids=["to-hf", "from-hf"])
+def test_without_transformers_nothing_is_begun(words: str, place: Place) -> None:
+    done = launch(1, "tools/convert_checkpoint.py", *place.fill(words).split(), prepare=(without_transformers,))
+    assert done.codes == [2], done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "transformers: is not installed" in line
+    assert not list(place.tmp.glob("out*"))
 
 
 def test_proof_that_fails_leaves_nothing(place: Place) -> None:

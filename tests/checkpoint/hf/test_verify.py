@@ -14,8 +14,8 @@ from megatron_moe.checkpoint.hf import verify
 from megatron_moe.checkpoint.hf.fresh_process import measure
 from megatron_moe.checkpoint.hf.own_code import needs_code, with_own_code
 from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, copy_code
-from megatron_moe.checkpoint.hf.verify import _judge
-from megatron_moe.config.base import UserError
+from megatron_moe.checkpoint.hf.verify import NotProved, _judge, keeping_what_is_written
+from megatron_moe.config.base import Resumable, UserError
 from tests.helpers.converting import converted
 
 IDS = [[1, 5, 9, 33, 800, 2, 7], [4, 4, 8]]
@@ -115,15 +115,26 @@ def test_answers_that_are_no_proof() -> None:
         judged(answer | {"rows": [{"shapes": [[1, 8], [1, 9]]}]})
     with pytest.raises(UserError, match=r"has another shape than the class needs \(and 1 others\)"):
         judged(answer | {"mismatched_keys": ["a", "b"]})
-    with pytest.raises(UserError, match="transformers cannot load it: ValueError: no"):
-        judged({"error": "ValueError: no"})
+
+
+def test_only_a_difference_speaks_against_what_is_written() -> None:
+    """What could not be run is told apart by the kind of the error, not by its words."""
+    with (
+        pytest.raises(NotProved, match="transformers cannot load it: ImportError: no; what is written is kept"),
+        keeping_what_is_written(),
+    ):
+        judged({"error": "ImportError: no"})
+    keys: dict[str, Any] = {"missing_keys": ["a"], "unexpected_keys": [], "mismatched_keys": []}
+    with pytest.raises(UserError, match="a is needed by the class") as raised, keeping_what_is_written():
+        judged(keys)
+    assert not isinstance(raised.value, Resumable)
 
 
 def test_fresh_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "dies.py"
     script.write_text("import os; os.kill(os.getpid(), 9)")
     monkeypatch.setattr(verify, "_SCRIPT", script)
-    with pytest.raises(UserError, match=r"was killed by signal 9 \(out of memory\?\); .*start the same again"):
+    with pytest.raises(NotProved, match=r"was killed by signal 9 \(out of memory\?\); make room in memory"):
         verify._ask(tmp_path, IDS, None, [], "float32", False, tmp_path, False)
 
 
