@@ -48,6 +48,8 @@ FOREIGN_FLAGS = {
     *("--nodes", "--dependency"),
     # pip
     "--no-build-isolation",
+    # llama.cpp
+    "--override-kv",
 }
 EVERY_COMMAND = {"--help", "--debug"}
 
