@@ -1,4 +1,4 @@
-"""What stands in the way of programs that serve exports: as it was found with vLLM and llama.cpp, and as cards say it."""
+"""What stands in the way of programs that serve exports: as found with vLLM and llama.cpp, and as cards say it."""
 
 from typing import Any
 
