@@ -255,7 +255,10 @@ def import_foreign(options: ForeignOptions, command: str) -> Iterator[str]:
     yield from (f"note: {note}" for note in opened.notes)
     yield from (f"left out: {name}: {reason}" for name, reason in opened.unused.items())
     yield _made(made)
-    yield "every number of every tensor on both sides was placed exactly once"
+    yield (
+        "every number of every tensor on both sides was placed exactly once; logits were NOT compared: there is no "
+        "second program for this format"
+    )
     yield _advice(save)
 
 
