@@ -73,16 +73,16 @@ class Target:
 
     @property
     def others(self) -> dict[str, str]:
-        """Class -> why it is not exact, on one line."""
-        return {name: "; ".join(why) for name, why in self.tried.items()}
+        """Class -> why it is not exact, on one line: the first reasons, and how many more there are."""
+        return {
+            name: "; ".join(why[:SHOWN]) + (f"; and {len(why) - SHOWN} more" if len(why) > SHOWN else "")
+            for name, why in self.tried.items()
+        }
 
     @property
     def lines(self) -> list[str]:
         """The choice and its reasons, for people."""
-        lines = [
-            f"not {name}: {'; '.join(why[:SHOWN])}" + (f"; and {len(why) - SHOWN} more" if len(why) > SHOWN else "")
-            for name, why in self.tried.items()
-        ]
+        lines = [f"not {name}: {why}" for name, why in self.others.items()]
         kind = "exact" if self.exact else f"NOT exact: {'; '.join(self.losses)}"
         return [*lines, f"{self.family.architecture} ({self.family.model_type}): {kind}"]
 

@@ -128,7 +128,12 @@ def test_remote_code_in_several_files(pyramid: tuple[Path, str]) -> None:
     assert read_json(folder / "generation_config.json")["eos_token_id"] == 4
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "trust_remote_code=True" in card
-    assert "- MixtralForCausalLM: " in card
+    # Two reasons for each class, in the words that the command prints, not all that there are.
+    shown = [line.removeprefix("not ") for line in printed.splitlines() if line.startswith("not ")]
+    assert shown
+    listed = card.split("Classes that are not exact for this model:\n\n")[1].split("\n\n")[0]
+    assert listed.splitlines() == [f"- {line}" for line in shown]
+    assert any(re.search(r"; and \d+ more$", line) for line in shown)
     assert "| experts per layer | 0 4 0 8 |" in card
 
 
