@@ -20,6 +20,12 @@ from megatron_moe.config.run import RunConfig
 
 _STACKED = re.compile(r"(decoder\.layers\.)(?!\d)(.+)")
 _IN_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(?:\d+\.)?")
+# Norms that are part of the linear layer behind them, and the names of those that are not.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 @dataclass
@@ -109,6 +115,16 @@ def _entries(tree: Any) -> Iterator[Any]:
             yield from _entries(tree.build())
     else:
         yield tree
+
+
+def plain_norm(name: str) -> str:
+    """The name that a layer's tensor has with --transformer-impl local: Transformer Engine fuses norms with the linear
+    layers behind them (`megatron/core/extensions/transformer_engine.py:TELayerNormColumnParallelLinear`)."""
+    for fused, plain in _FUSED_NORMS.items():
+        before, found, end = name.rpartition(fused)
+        if found and (not before or _LAYER.fullmatch(before)):
+            return f"{before}{plain}{end}"
+    return name
 
 
 def is_stacked(key: str) -> bool:

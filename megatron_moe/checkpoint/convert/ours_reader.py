@@ -3,6 +3,7 @@
 Weights and buffers of the model alone: the optimizer's state and the generators' are left out.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_moe.checkpoint.convert.blocks import Box
-from megatron_moe.checkpoint.convert.describe import stack, unstacked
+from megatron_moe.checkpoint.convert.describe import plain_norm, stack, unstacked
 from megatron_moe.checkpoint.convert.ranges import Files
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.safe_archive import FileSlice, load_archive
@@ -39,7 +40,8 @@ class OursSource:
 
     Args:
         folder: the checkpoint.
-        ours: whether to refuse what only checkpoints of another program hold.
+        ours: whether to refuse what only checkpoints of another program hold, and give norms one name, whichever
+            --transformer-impl wrote them.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -52,6 +54,8 @@ class OursSource:
         self._files = Files(folder)
         self._stored: dict[str, _Chunks] = {}
         self.infos: dict[str, TensorInfo] = {}
+        # Where they have another name in the checkpoint.
+        self._fused: dict[str, str] = {}
         # What this process has found in files, and whether all of its bytes were held against their checksum.
         self._found: dict[tuple[str, int], StoredTensor | None] = {}
         self._checked: set[tuple[str, int]] = set()
@@ -63,7 +67,13 @@ class OursSource:
                 place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
                 chunks.places.append((place.relative_path, place.offset, place.length))
             self._stored[key] = chunks
-            self.infos |= dict(unstacked(key, chunks.info))
+            for name, info in unstacked(key, chunks.info):
+                plain = plain_norm(name) if ours else name
+                if plain in self.infos:
+                    raise UserError(f"{folder}: damaged: holds {plain} twice, fused with the layer behind it and apart")
+                self.infos[plain] = info
+                if plain != name:
+                    self._fused[plain] = name
 
     def __getstate__(self) -> dict[str, object]:
         """Without what another process finds for itself."""
@@ -86,6 +96,7 @@ class OursSource:
         Raises:
             UserError: the file is damaged.
         """
+        box = dataclasses.replace(box, name=self._fused.get(box.name, box.name))
         if box.name not in self._stored:
             box = stack(box)
             out = out[None]

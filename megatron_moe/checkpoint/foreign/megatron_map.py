@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from megatron_moe.checkpoint.convert.blocks import Block, Box, cut_rows, only_theirs, place, whole
-from megatron_moe.checkpoint.convert.describe import our_tensors
+from megatron_moe.checkpoint.convert.describe import our_tensors, plain_norm
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.config.base import UserError
 from megatron_moe.config.run import RunConfig
@@ -18,10 +18,6 @@ WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 LEFT_OUT = re.compile(r".*(?:_extra_state.*|rotary_pos_emb\.inv_freq)")
 FIRST = re.compile(r".*\.linear_fc1\.(?:weight|bias)")
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 # What may stand in a layer, by the name it has with us.
 _IN_LAYER = re.compile(
     r"(?:input_layernorm|pre_mlp_layernorm|self_attention\.(?:linear_qkv|linear_proj|q_layernorm|k_layernorm)|"
@@ -102,9 +98,7 @@ def megatron_blocks(
 
 
 def _in_layer(name: str, layer: str, rest: str, info: TensorInfo, folder: Path) -> list[Block]:
-    for begin, norm in _NORMS.items():
-        if rest.startswith(begin):
-            rest = norm + rest.removeprefix(begin)
+    rest = plain_norm(rest)
     for pattern in _EXPERTS:
         if match := pattern.fullmatch(rest):
             ours = f"mlp.experts.experts.{match['rest']}"

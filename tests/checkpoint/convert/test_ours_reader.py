@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,71 @@ def test_parts_are_those_of_the_whole(layout: str, tmp_path: Path) -> None:
         box = Box(name, start, size)
         assert torch.equal(source.read(box), tensor[box.slices])
     assert seen == expected.keys()
+
+
+def save_fused(run: RunConfig, folder: Path) -> None:
+    """On a rank: save with the names that Transformer Engine gives norms, which it keeps with the layer behind them."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from megatron_moe.checkpoint import state
+
+    plain = state.model_state
+
+    def fused(model: list[Any]) -> dict[str, Any]:
+        found = plain(model)
+        keys = {entry.key for entry in nested_values(found) if hasattr(entry, "key")}
+        for entry in nested_values(found):
+            layer, norm, end = getattr(entry, "key", "").rpartition("input_layernorm.")
+            if norm:
+                entry.key = f"{layer}self_attention.linear_qkv.layer_norm_{end}"
+            layer, norm, end = getattr(entry, "key", "").rpartition("pre_mlp_layernorm.")
+            if norm and f"{layer}mlp.linear_fc1.weight" in keys:
+                entry.key = f"{layer}mlp.linear_fc1.layer_norm_{end}"
+        return found
+
+    state.model_state = fused
+    save_weights(run, folder)
+
+
+# Weights and biases of four layers, two of which have a dense MLP; weights of stacked layers.
+@pytest.mark.parametrize(("layout", "fused"), [("pyramid", 2 * (4 + 2)), ("dense", 2)])
+def test_norms_have_one_name_whichever_implementation_wrote_them(layout: str, fused: int, tmp_path: Path) -> None:
+    run = LAYOUTS[layout][1]()
+    run_ranks(1, save_weights, run, tmp_path / "plain")
+    run_ranks(1, save_fused, run, tmp_path / "fused")
+    stored = read_metadata(tmp_path / "fused").state_dict_metadata
+    assert len([key for key in stored if "layer_norm_" in key]) == fused
+    plain = OursSource(tmp_path / "plain")
+    source = pickle.loads(pickle.dumps(OursSource(tmp_path / "fused")))
+    assert source.infos == plain.infos
+    for name, info in plain.infos.items():
+        assert torch.equal(source.read(whole(name, info.shape)), plain.read(whole(name, info.shape))), name
+
+
+def save_both(run: RunConfig, folder: Path) -> None:
+    """On a rank: save a norm by both names."""
+    import copy
+
+    from megatron_moe.checkpoint import state
+
+    plain = state.model_state
+
+    def both(model: list[Any]) -> dict[str, Any]:
+        found = plain(model)
+        (name,) = (name for name in found["model0"] if name.endswith("layers.0.input_layernorm.weight"))
+        again = copy.copy(found["model0"][name])
+        again.key = again.key.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+        found["model0"]["again"] = again
+        return found
+
+    state.model_state = both
+    save_weights(run, folder)
+
+
+def test_a_norm_by_both_names_is_refused(tmp_path: Path) -> None:
+    run_ranks(1, save_both, moe_run(), tmp_path)
+    with pytest.raises(UserError, match=r"holds decoder.layers.0.input_layernorm.weight twice, fused"):
+        OursSource(tmp_path)
 
 
 def _flip(folder: Path, key: str, within: int) -> None:
