@@ -10,22 +10,19 @@ from megatron_moe.checkpoint.convert.blocks import Block, rename
 from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
-from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags, renormalised
-from megatron_moe.checkpoint.hf.families.glm4_moe import choice_bias, group_flags, padded_shared, shared_experts
-from megatron_moe.checkpoint.hf.families.native import NativeFamily, known_gate, sums_to_one
+from megatron_moe.checkpoint.hf.families.biased_choice import BiasedChoice, choice_config, choice_flags
+from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.run import RunConfig
-from megatron_moe.moe.layout import expert_layout
 
 LATENT_EPSILON = 1e-6
 
 
-class DeepseekV3(NativeFamily):
+class DeepseekV3(BiasedChoice):
     """`DeepseekV3ForCausalLM`."""
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
-    skips_later_layers = True
     abilities = Abilities(
         qk_norm=frozenset({True}),
         latent=True,
@@ -82,21 +79,11 @@ class DeepseekV3(NativeFamily):
 
     def config(self, run: RunConfig) -> dict[str, Any]:
         """What config.json says of the model."""
-        model, layout, gate = run.model, expert_layout(run), known_gate(run)
-        groups, used = gate.groups or (1, 1)
+        model = run.model
         return {
             **common_config(run),
             **yarn_config(model),
-            "intermediate_size": model.ffn_size,
-            "moe_intermediate_size": run.expert_ffn_size,
-            "n_routed_experts": layout.max_experts,
-            "n_shared_experts": shared_experts(run),
-            "num_experts_per_tok": gate.topk,
-            "norm_topk_prob": sums_to_one(run),
-            "routed_scaling_factor": gate.scale,
-            "n_group": groups,
-            "topk_group": used,
-            "first_k_dense_replace": layout.moe_layers[0] - 1,
+            **choice_config(run),
             "q_lora_rank": model.q_lora_rank,
             "kv_lora_rank": model.kv_lora_rank,
             "qk_nope_head_dim": model.qk_head_dim,
@@ -104,8 +91,6 @@ class DeepseekV3(NativeFamily):
             "v_head_dim": model.v_head_dim,
             "rope_interleave": True,
             "attention_bias": False,
-            # Layers that predict later tokens: none.
-            "num_nextn_predict_layers": 0,
             # Of DeepSeek's own code, which other programs follow.
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
@@ -134,45 +119,10 @@ class DeepseekV3(NativeFamily):
         }
         for name in ("num_query_groups", "kv_channels"):
             del model[name]
-        first, layers = fields.whole("first_k_dense_replace", least=0), model["num_layers"]
-        if first >= layers:
-            raise fields.refuse("first_k_dense_replace", f"less than num_hidden_layers {layers}")
-        width, topk = fields.whole("moe_intermediate_size"), fields.whole("num_experts_per_tok")
-        if not renormalised(fields) and topk > 1:
-            raise fields.refuse("norm_topk_prob", "true: sigmoid weights of several experts are made to sum to 1")
-        return {
-            "model": model,
-            "moe": {
-                "num_experts": (fields.whole("n_routed_experts", least=2),),
-                "moe_first_dense_layers": first,
-                "moe_ffn_hidden_size": width,
-                "moe_router_topk": topk,
-                "moe_router_score_function": "sigmoid",
-                "moe_router_topk_scaling_factor": fields.number("routed_scaling_factor"),
-                "moe_router_enable_expert_bias": True,
-                "moe_shared_expert_intermediate_size": width * fields.whole("n_shared_experts"),
-                **group_flags(fields, topk),
-            },
-        }
+        return {"model": model, "moe": choice_flags(fields)}
 
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        blocks = parts.layer_norms(run, layer, theirs) + latent_attention(run, layer, f"{theirs}self_attn.")
-        if not parts.is_moe(run, layer):
-            return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
-        blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
-        blocks += choice_bias(run, layer, f"{theirs}mlp.gate.e_score_correction_bias")
-        blocks += parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
-        return blocks + padded_shared(run, layer, f"{theirs}mlp.shared_experts.")
-
-    def fp32_names(self, run: RunConfig) -> frozenset[str]:
-        """The biases on the choice."""
-        layers = range(expert_layout(run).moe_layers[0] - 1, run.model.num_layers)
-        return frozenset(f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in layers)
+    def _attention(self, run: RunConfig, layer: int, theirs: str) -> list[Block]:
+        return latent_attention(run, layer, theirs)
 
 
 def yarn_config(model: ModelConfig) -> dict[str, Any]:

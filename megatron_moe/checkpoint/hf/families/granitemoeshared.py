@@ -12,15 +12,15 @@ from megatron_moe.checkpoint.convert.blocks import Block, rename
 from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags
-from megatron_moe.checkpoint.hf.families.native import NativeFamily
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
 NEUTRAL = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 
 
-class GraniteMoeShared(NativeFamily):
+class GraniteMoeShared(Decoder):
     """`GraniteMoeSharedForCausalLM`."""
 
     model_type = "granitemoeshared"
@@ -28,6 +28,7 @@ class GraniteMoeShared(NativeFamily):
     abilities = Abilities(
         own_head_dim=False, dense="none", renormalised=frozenset({True}), shared=frozenset({"none", "plain"})
     )
+    moe_block = "block_sparse_moe"
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -85,23 +86,16 @@ class GraniteMoeShared(NativeFamily):
             },
         }
 
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs, hidden = f"model.layers.{layer}.", run.model.hidden_size
-        experts = f"{theirs}block_sparse_moe."
+    def _experts(self, run: RunConfig, layer: int, theirs: str) -> list[Block]:
         blocks = [
-            *parts.layer_norms(run, layer, theirs),
-            *parts.attention(run, layer, f"{theirs}self_attn."),
-            *parts.router(run, layer, f"{experts}router.layer.weight"),
-            *parts.experts_stacked(run, layer, f"{experts}input_linear.weight", f"{experts}output_linear.weight"),
+            *parts.router(run, layer, f"{theirs}router.layer.weight"),
+            *parts.experts_stacked(run, layer, f"{theirs}input_linear.weight", f"{theirs}output_linear.weight"),
         ]
         path = parts.shared_path(run)
         if path is None:
             return blocks
-        ours, shared = f"{parts.our_layer(layer)}{path.name}.", f"{theirs}shared_mlp."
+        ours, hidden = f"{parts.our_layer(layer)}{path.name}.", run.model.hidden_size
+        shared = f"model.layers.{layer}.shared_mlp."
         return [
             *blocks,
             *rename(f"{ours}linear_fc1.weight", f"{shared}input_linear.weight", (2 * path.width, hidden)),

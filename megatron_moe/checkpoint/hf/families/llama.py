@@ -3,32 +3,14 @@ of models with a window, which is read where no text is longer than it."""
 
 from typing import Any, ClassVar
 
-from megatron_moe.checkpoint.convert.blocks import Block
-from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities, NoPlace
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, check_window, common_config, common_flags
-from megatron_moe.checkpoint.hf.families.native import NativeFamily
 from megatron_moe.config.run import RunConfig
 
 
-class DenseDecoder(NativeFamily):
-    """Llama's names of what a dense decoder holds."""
-
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        return [
-            *parts.layer_norms(run, layer, theirs),
-            *parts.attention(run, layer, f"{theirs}self_attn."),
-            *parts.dense_mlp(run, layer, f"{theirs}mlp."),
-        ]
-
-
-class Llama(DenseDecoder):
+class Llama(Decoder):
     """`LlamaForCausalLM`."""
 
     model_type = "llama"
@@ -79,7 +61,7 @@ class Llama(DenseDecoder):
         return {"model": common_flags(fields) | {"disable_bias_linear": not bias}}
 
 
-class Mistral(DenseDecoder):
+class Mistral(Decoder):
     """`MistralForCausalLM`, to be read; Llama holds all that it does without a window."""
 
     model_type = "mistral"

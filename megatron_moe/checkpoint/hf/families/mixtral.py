@@ -2,22 +2,23 @@
 
 from typing import Any, ClassVar
 
-from megatron_moe.checkpoint.convert.blocks import Block
-from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, check_window, common_config, common_flags
-from megatron_moe.checkpoint.hf.families.native import NativeFamily
+from megatron_moe.checkpoint.hf.families.parts import MIXTRAL_MLP
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
 
-class Mixtral(NativeFamily):
+class Mixtral(Decoder):
     """`MixtralForCausalLM`."""
 
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
     abilities = Abilities(dense="none", renormalised=frozenset({True}))
+    moe_block = "block_sparse_moe"
+    expert_names = MIXTRAL_MLP
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 32000,
         "hidden_size": 4096,
@@ -58,19 +59,6 @@ class Mixtral(NativeFamily):
                 "moe_router_pre_softmax": False,
             },
         }
-
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        return [
-            *parts.layer_norms(run, layer, theirs),
-            *parts.attention(run, layer, f"{theirs}self_attn."),
-            *parts.router(run, layer, f"{theirs}block_sparse_moe.gate.weight"),
-            *parts.experts_apart(run, layer, f"{theirs}block_sparse_moe.experts.", parts.MIXTRAL_MLP),
-        ]
 
 
 FAMILY = Mixtral()

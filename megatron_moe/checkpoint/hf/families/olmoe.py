@@ -2,17 +2,16 @@
 
 from typing import Any, ClassVar
 
-from megatron_moe.checkpoint.convert.blocks import Block
-from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags, renormalised
-from megatron_moe.checkpoint.hf.families.native import NativeFamily, sums_to_one
+from megatron_moe.checkpoint.hf.families.native import sums_to_one
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
 
-class Olmoe(NativeFamily):
+class Olmoe(Decoder):
     """`OlmoeForCausalLM`."""
 
     model_type = "olmoe"
@@ -68,19 +67,6 @@ class Olmoe(NativeFamily):
                 "moe_router_pre_softmax": not renormalised(fields),
             },
         }
-
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        return [
-            *parts.layer_norms(run, layer, theirs),
-            *parts.attention(run, layer, f"{theirs}self_attn."),
-            *parts.router(run, layer, f"{theirs}mlp.gate.weight"),
-            *parts.experts_apart(run, layer, f"{theirs}mlp.experts."),
-        ]
 
 
 FAMILY = Olmoe()

@@ -4,12 +4,12 @@ from typing import Any, ClassVar
 
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, check_window, common_config, common_flags
-from megatron_moe.checkpoint.hf.families.llama import DenseDecoder
 from megatron_moe.config.run import RunConfig
 
 
-class Qwen2(DenseDecoder):
+class Qwen2(Decoder):
     """`Qwen2ForCausalLM`."""
 
     model_type = "qwen2"

@@ -16,6 +16,7 @@ from megatron_moe.checkpoint.convert.blocks import Block, only_theirs, rename
 from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import (
     Fields,
     check_window,
@@ -24,7 +25,7 @@ from megatron_moe.checkpoint.hf.families.fields import (
     renormalised,
     sparse_flags,
 )
-from megatron_moe.checkpoint.hf.families.native import NativeFamily, sums_to_one
+from megatron_moe.checkpoint.hf.families.native import sums_to_one
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
@@ -36,7 +37,7 @@ HALF_GATE = 2.0**-60
 float32 hold it; in float16 it is 0."""
 
 
-class Qwen2Moe(NativeFamily):
+class Qwen2Moe(Decoder):
     """`Qwen2MoeForCausalLM`."""
 
     model_type = "qwen2_moe"
@@ -111,20 +112,12 @@ class Qwen2Moe(NativeFamily):
             },
         }
 
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
+    def _attention(self, run: RunConfig, layer: int, theirs: str) -> list[Block]:
+        blocks = super()._attention(run, layer, theirs)
+        return blocks if run.model.add_qkv_bias else blocks + _no_biases(run, theirs)
 
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        blocks = parts.layer_norms(run, layer, theirs) + parts.attention(run, layer, f"{theirs}self_attn.")
-        if not run.model.add_qkv_bias:
-            blocks += _no_biases(run, f"{theirs}self_attn.")
-        if not parts.is_moe(run, layer):
-            return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
-        blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
-        blocks += parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
-        return blocks + _shared(run, layer, f"{theirs}mlp.")
+    def _experts(self, run: RunConfig, layer: int, theirs: str) -> list[Block]:
+        return super()._experts(run, layer, theirs) + _shared(run, layer, theirs)
 
 
 def _no_biases(run: RunConfig, theirs: str) -> list[Block]:

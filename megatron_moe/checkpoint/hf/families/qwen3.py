@@ -4,13 +4,13 @@ from typing import Any, ClassVar
 
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import Fields, common_config, common_flags
-from megatron_moe.checkpoint.hf.families.llama import DenseDecoder
 from megatron_moe.checkpoint.hf.families.qwen2 import NO_WINDOW, check_windows
 from megatron_moe.config.run import RunConfig
 
 
-class Qwen3(DenseDecoder):
+class Qwen3(Decoder):
     """`Qwen3ForCausalLM`."""
 
     model_type = "qwen3"

@@ -2,10 +2,10 @@
 
 from typing import Any, ClassVar
 
-from megatron_moe.checkpoint.convert.blocks import Block
 from megatron_moe.checkpoint.hf.families import parts
 from megatron_moe.checkpoint.hf.families.abilities import Abilities
 from megatron_moe.checkpoint.hf.families.base import HfConfig
+from megatron_moe.checkpoint.hf.families.decoders import Decoder
 from megatron_moe.checkpoint.hf.families.fields import (
     Fields,
     check_window,
@@ -14,12 +14,12 @@ from megatron_moe.checkpoint.hf.families.fields import (
     renormalised,
     sparse_flags,
 )
-from megatron_moe.checkpoint.hf.families.native import NativeFamily, sums_to_one
+from megatron_moe.checkpoint.hf.families.native import sums_to_one
 from megatron_moe.config.run import RunConfig
 from megatron_moe.moe.layout import expert_layout
 
 
-class Qwen3Moe(NativeFamily):
+class Qwen3Moe(Decoder):
     """`Qwen3MoeForCausalLM`."""
 
     model_type = "qwen3_moe"
@@ -82,18 +82,6 @@ class Qwen3Moe(NativeFamily):
                 **sparse_flags(fields),
             },
         }
-
-    def blocks(self, run: RunConfig) -> list[Block]:
-        """Where every weight is."""
-        return parts.decoder(run, self._layer)
-
-    def _layer(self, run: RunConfig, layer: int) -> list[Block]:
-        theirs = f"model.layers.{layer}."
-        blocks = parts.layer_norms(run, layer, theirs) + parts.attention(run, layer, f"{theirs}self_attn.")
-        if not parts.is_moe(run, layer):
-            return blocks + parts.dense_mlp(run, layer, f"{theirs}mlp.")
-        blocks += parts.router(run, layer, f"{theirs}mlp.gate.weight")
-        return blocks + parts.experts_apart(run, layer, f"{theirs}mlp.experts.")
 
 
 FAMILY = Qwen3Moe()
