@@ -49,6 +49,8 @@ for name, folder in json.loads(sys.argv[1]).items():
         logits = model(**asked["inputs"]).logits
     results[name] = {"difference": float((logits - asked["logits"]).abs().max()), "code": type(model).__module__}
     results[name] |= {what: sorted(map(str, found)) for what, found in info.items()}
+    # The proof rounds all parameters on both sides.
+    results[name]["fp32 but no buffers"] = sorted(asked["fp32"] - dict(model.named_buffers()).keys())
 print(json.dumps(results))
 """
 
@@ -65,7 +67,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Exp
             inputs = {"input_ids": real_ids()}
             if one.run.model.num_domains:
                 inputs["domain_ids"] = domains_of_rows()
-            torch.save({"inputs": inputs, "logits": one.logits}, one.folder / "asked.pt")
+            asked = {"inputs": inputs, "logits": one.logits, "fp32": set(FAMILY.fp32_names(one.run))}
+            torch.save(asked, one.folder / "asked.pt")
         yield found
     torch.set_num_threads(threads)
 

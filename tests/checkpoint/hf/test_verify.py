@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint.hf import verify
+from megatron_moe.checkpoint.hf.families.base import Family
+from megatron_moe.checkpoint.hf.families.deepseek_v3 import FAMILY as DEEPSEEK
+from megatron_moe.checkpoint.hf.families.glm4_moe import FAMILY as GLM4
 from megatron_moe.checkpoint.hf.fresh_process import measure
 from megatron_moe.checkpoint.hf.own_code import needs_code, with_own_code
 from megatron_moe.checkpoint.hf.remote.family import AUTO_MAP, CODE_FILES, copy_code
 from megatron_moe.checkpoint.hf.verify import NotProved, _judge, keeping_what_is_written
 from megatron_moe.config.base import Resumable, UserError
 from tests.helpers.converting import converted
+from tests.helpers.hf_parity import moe_like
 
 IDS = [[1, 5, 9, 33, 800, 2, 7], [4, 4, 8]]
 
@@ -128,6 +132,28 @@ def test_only_a_difference_speaks_against_what_is_written() -> None:
     with pytest.raises(UserError, match="a is needed by the class") as raised, keeping_what_is_written():
         judged(keys)
     assert not isinstance(raised.value, Resumable)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        (GLM4, {}),
+        (DEEPSEEK, {"multi_latent_attention": True, "num_query_groups": None, "qk_layernorm": True}),
+    ],
+    ids=["glm4_moe", "deepseek_v3"],
+)
+def test_what_stays_fp32_is_no_parameter(family: Family, flags: dict[str, Any]) -> None:
+    """Both sides of the proof round all parameters: what an export keeps in fp32 must be none of them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    run = moe_like(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, **flags)
+    config = AutoConfig.for_model(family.model_type, **family.config(run))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = family.fp32_names(run)
+    assert len(names) == run.model.num_layers
+    assert names <= dict(model.named_buffers()).keys()
+    assert names.isdisjoint(dict(model.named_parameters()))
 
 
 def test_fresh_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
