@@ -8,13 +8,20 @@ import argparse
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_moe.config.base import UserError
+
+type Broken = tuple[Callable[[Path], None], str]
+"""What breaks a checkpoint, and the line that must say so."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,18 @@ class Classic:
             dense = self._mlp(w, f"{layer}.mlp.mlp", x, second_bias=self.second_bias)
             y = y * share[:, :1] + dense * share[:, 1:]
         return y
+
+
+def assert_refused(open_it: Callable[[Path], Any], folder: Path, broken: Broken) -> None:
+    """A checkpoint that was broken is refused in one line, and nothing in it ran."""
+    break_it, message = broken
+    break_it(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(UserError, match=message) as error:
+            open_it(folder)
+    assert "\n" not in str(error.value)
+    assert not (folder / "harm-done").exists()
 
 
 def _linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -286,6 +286,15 @@ class Exported:
     """The largest logit."""
 
 
+def exported_alike(family: Family, run: RunConfig, folder: Path) -> Exported:
+    """`export` of a model that the class holds exactly: logits that are far from zero differ by rounding alone."""
+    assert family.why_not(run) is None
+    result = export(family, run, folder)
+    assert result.size > 1.0
+    assert result.difference <= TOLERANCE
+    return result
+
+
 def export(family: Family, run: RunConfig, folder: Path, seed: int = 0) -> Exported:
     """Convert a random model of ours, load it from disk, and compare."""
     model = Ours(run).randomise(seed)
@@ -307,6 +316,14 @@ class Imported:
     difference: float
     """Largest between the logits."""
     size: float
+
+
+def imported_alike(family: Family, config: Any, folder: Path) -> Imported:
+    """`import_` of a model that ours is exactly."""
+    result = import_(family, config, folder)
+    assert result.size > 1.0
+    assert result.difference <= TOLERANCE
+    return result
 
 
 def import_(family: Family, config: Any, folder: Path, seed: int = 1) -> Imported:

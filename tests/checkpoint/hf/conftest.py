@@ -1,5 +1,6 @@
 """A run whose model Mixtral's class computes, trained by the real trainer, and its export by the real command."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.helpers.converting import converted
 from tests.helpers.distributed import run_ranks
+from tests.helpers.hf_parity import one_process
 from tests.helpers.tiny import data_flags, tiny_run
 from tests.helpers.training import train_curve
 
@@ -35,6 +37,13 @@ def trained(folder: Path, data: Path, **flags: Any) -> Path:
     """A run's directory with one checkpoint of two steps."""
     run_ranks(1, train_curve, tiny_run(**data_flags(data), **{**MIXTRAL, **flags}, save=str(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    """Process groups of this process alone."""
+    with one_process():
+        yield
 
 
 @pytest.fixture(scope="session")

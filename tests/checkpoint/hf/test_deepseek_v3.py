@@ -1,6 +1,5 @@
 """DeepSeek-V3 against its class of transformers: the same logits, both ways, and the same bits there and back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from megatron_moe.config.base import UserError
 from megatron_moe.config.model import LATENT_FLAGS, YARN_FLAGS
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.yaml_io import build_run
-from tests.helpers.hf_parity import TOLERANCE, VOCABULARY, export, import_, moe_like, one_process
+from tests.helpers.hf_parity import VOCABULARY, exported_alike, imported_alike, moe_like
 
 # No two widths alike.
 LATENT: dict[str, Any] = {
@@ -80,19 +79,13 @@ def run_of(name: str) -> RunConfig:
     return moe_like(**LATENT | EXPORTS[name])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with one_process():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
     run = run_of(name)
-    assert FAMILY.why_not(run) is None
-    result = export(FAMILY, run, tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    exported_alike(FAMILY, run, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +97,7 @@ def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_their_model_as_ours(config: dict[str, Any], tmp_path: Path) -> None:
-    result = import_(FAMILY, DeepseekV3Config(**SIZES | config), tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    result = imported_alike(FAMILY, DeepseekV3Config(**SIZES | config), tmp_path / "hf")
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in result.keys
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa.weight" in result.keys
 

@@ -1,7 +1,6 @@
 """Llama, Mistral, Qwen2, Qwen3 and GPT-2 against their classes of transformers: the same logits, both ways, and the
 same bits there and back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from megatron_moe.checkpoint.hf.families.qwen2 import FAMILY as QWEN2
 from megatron_moe.checkpoint.hf.families.qwen3 import FAMILY as QWEN3
 from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import build_run
-from tests.helpers.hf_parity import TOLERANCE, VOCABULARY, convert, export, import_, llama_like, one_process
+from tests.helpers.hf_parity import VOCABULARY, convert, exported_alike, imported_alike, llama_like
 
 GPT2_LIKE: dict[str, Any] = {
     "position_embedding_type": "learned_absolute",
@@ -72,20 +71,14 @@ IMPORTS: dict[str, tuple[Family, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with one_process():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
     family, flags = EXPORTS[name]
     run = llama_like(**flags)
-    assert family.why_not(run) is None
-    result = export(family, run, tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    result = exported_alike(family, run, tmp_path / "hf")
     again = convert(family.blocks(run), "ours", result.theirs)
     assert again.keys() == result.ours.keys()
     for key, tensor in result.ours.items():
@@ -100,9 +93,7 @@ def test_our_model_as_theirs(name: str, tmp_path: Path) -> None:
 def test_their_model_as_ours(name: str, tmp_path: Path) -> None:
     """Keys are those of `save_pretrained`, which the map covers to the last number."""
     family, config = IMPORTS[name]
-    result = import_(family, config, tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    imported_alike(family, config, tmp_path / "hf")
 
 
 def test_a_run_comes_back_from_its_config() -> None:

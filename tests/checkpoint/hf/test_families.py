@@ -1,7 +1,6 @@
 """Each MoE family against the class of transformers that it stands for: the same logits, both ways."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_moe.checkpoint.hf.families.granitemoeshared import FAMILY as GRANI
 from megatron_moe.checkpoint.hf.families.mixtral import FAMILY as MIXTRAL
 from megatron_moe.checkpoint.hf.families.qwen2_moe import FAMILY as QWEN2
 from megatron_moe.checkpoint.hf.families.qwen3_moe import FAMILY as QWEN3
-from tests.helpers.hf_parity import TOLERANCE, export, import_, moe_like, one_process
+from tests.helpers.hf_parity import TOLERANCE, export, import_, moe_like
 
 SHARED = {"moe_shared_expert_intermediate_size": 56}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
@@ -72,10 +71,7 @@ EXPORTS: dict[str, tuple[Family, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with one_process():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -1,6 +1,5 @@
 """OLMoE against its class of transformers: the same logits, both ways, and the same bits there and back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from transformers import OlmoeConfig
 
 from megatron_moe.checkpoint.hf.families.olmoe import FAMILY
 from megatron_moe.config.base import UserError
-from tests.helpers.hf_parity import TOLERANCE, VOCABULARY, export, import_, moe_like, one_process
+from tests.helpers.hf_parity import VOCABULARY, exported_alike, imported_alike, moe_like
 
 NORM = {"qk_layernorm": True, "qk_layernorm_type": "projection"}
 SIZES: dict[str, Any] = {
@@ -23,10 +22,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with one_process():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize(
@@ -35,10 +31,7 @@ def world() -> Iterator[None]:
 )
 def test_our_model_as_theirs(flags: dict[str, Any], tmp_path: Path) -> None:
     run = moe_like(**NORM, **flags)
-    assert FAMILY.why_not(run) is None
-    result = export(FAMILY, run, tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    exported_alike(FAMILY, run, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +42,7 @@ def test_our_model_as_theirs(flags: dict[str, Any], tmp_path: Path) -> None:
     ],
 )
 def test_their_model_as_ours(config: dict[str, Any], tmp_path: Path) -> None:
-    result = import_(FAMILY, OlmoeConfig(**SIZES, **config), tmp_path / "hf")
-    assert result.size > 1.0
-    assert result.difference <= TOLERANCE
+    result = imported_alike(FAMILY, OlmoeConfig(**SIZES, **config), tmp_path / "hf")
     assert "model.layers.0.mlp.experts.5.down_proj.weight" in result.keys
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from megatron_moe.checkpoint.hf.families.qwen2_moe import FAMILY, HALF_GATE
 from megatron_moe.checkpoint.hf.importing import open_files
 from megatron_moe.config.yaml_io import build_run
 from tests.checkpoint.hf.test_families import their_config
-from tests.helpers.hf_parity import TOLERANCE, Ours, convert, load_theirs, one_process, randomise_theirs, their_logits
+from tests.helpers.hf_parity import TOLERANCE, Ours, convert, load_theirs, randomise_theirs, their_logits
 
 
 def test_half_a_gate_is_half_and_not_nothing() -> None:
@@ -29,10 +28,7 @@ def test_half_a_gate_is_half_and_not_nothing() -> None:
     assert torch.equal(torch.nn.functional.silu(logits) / logits, torch.full_like(logits, 0.5))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    with one_process():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def test_files_without_biases_are_read(tmp_path: Path) -> None:
