@@ -43,6 +43,8 @@ from megatron_moe.model.parameters import count_parameters
 
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _STEP = 0
+# Times as many parameters as the files hold.
+_MOST_DESCRIBED = 2
 # Numbers of each of two tensors.
 _COMPARED_AT_ONCE = 4 << 20
 
@@ -155,8 +157,8 @@ def open_files(folder: Path, family: Family, run: RunConfig) -> RenamedSource:
         files = UsualNames(files, family.model_type)
     names = names_in_files(family, run, files.infos)
     held = sum(prod(files.infos[name].shape) for name in names.values())
-    # Before blocks are made of it, or memory is taken for it.
-    if (described := count_parameters(run).total) > held:
+    # Before blocks are made of it, or memory is taken for it. Of what lacks less, the map says which tensor it is.
+    if (described := count_parameters(run).total) > _MOST_DESCRIBED * held:
         raise UserError(
             f"{folder / 'config.json'}: describes a model of {described} parameters, but the files beside it hold "
             f"{held} numbers; fetch the whole checkpoint again"
