@@ -129,7 +129,7 @@ def _usage(facts: CardFacts) -> str:
     lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{facts.name}", dtype="auto"{trust})']
     if facts.tokenizer.exact:
         lines += [
-            f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{facts.name}"{trust})',
             'inputs = tokenizer("...", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]

@@ -138,3 +138,9 @@ def test_dense_model() -> None:
     assert "A dense language model" in text
     assert "experts per layer" not in text
     assert "mixture-of-experts" not in text.split("---\n")[1]
+
+
+def test_loading_a_folder_with_code_asks_nothing_on_a_terminal() -> None:
+    lines = [line for line in model_card(facts(model_type="megatron_moe")).splitlines() if "from_pretrained(" in line]
+    assert len(lines) == 2
+    assert all("trust_remote_code=True" in line for line in lines)
