@@ -10,12 +10,12 @@ from megatron_moe.checkpoint.convert.ours_reader import OursSource
 from megatron_moe.checkpoint.convert.ranges import split
 from megatron_moe.checkpoint.convert.tensors import TensorSource
 from megatron_moe.checkpoint.hf.families.native import is_left_out
-from megatron_moe.checkpoint.hf.importing import RenamedSource, open_files
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import VerifyOptions
 from megatron_moe.checkpoint.hf.own_code import needs_code
 from megatron_moe.checkpoint.hf.targets import family_of
 from megatron_moe.checkpoint.hf.verify import prove
+from megatron_moe.checkpoint.hf.weight_files import RenamedSource, open_files
 from megatron_moe.checkpoint.layout import CONFIG_FILE
 from megatron_moe.config.base import UserError
 from megatron_moe.config.parallel import ParallelConfig

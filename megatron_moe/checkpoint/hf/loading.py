@@ -22,11 +22,11 @@ from megatron_moe.checkpoint.convert.describe import unstack, unstacked
 from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
 from megatron_moe.checkpoint.convert.ranges import split
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
-from megatron_moe.checkpoint.hf.importing import RenamedSource, open_files
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.own_flags import NOT_WRITTEN, SECTIONS
 from megatron_moe.checkpoint.hf.targets import family_of, run_of
 from megatron_moe.checkpoint.hf.tokenizer import import_tokenizer
+from megatron_moe.checkpoint.hf.weight_files import RenamedSource, open_files
 from megatron_moe.checkpoint.layout import TOKENIZER_FOLDER
 from megatron_moe.checkpoint.same_model import FREE_MODEL_FLAGS, compare_given, compare_models
 from megatron_moe.checkpoint.same_tokenizer import compare_tokenizers

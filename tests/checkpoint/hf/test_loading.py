@@ -183,7 +183,7 @@ def test_ranks_share_the_pieces_of_the_output_layer(dense: Given, tmp_path: Path
     folder = with_output_layer(dense.folder, tmp_path / "other", 1e-3)
     source, _ = open_weights(model_of(folder), folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_moe.checkpoint.hf.importing._COMPARED_AT_ONCE", 64 * 100)
+        patch.setattr("megatron_moe.checkpoint.hf.weight_files._COMPARED_AT_ONCE", 64 * 100)
         # Nine pieces, the last of which differs.
         source.check_tied(1, 2)
         with pytest.raises(UserError, match="differs"):

@@ -11,7 +11,7 @@ from megatron_moe.checkpoint.convert.blocks import Box
 from megatron_moe.checkpoint.convert.coverage import check_side
 from megatron_moe.checkpoint.convert.engine import check_fills
 from megatron_moe.checkpoint.hf.families.qwen2_moe import FAMILY, HALF_GATE
-from megatron_moe.checkpoint.hf.importing import open_files
+from megatron_moe.checkpoint.hf.weight_files import open_files
 from megatron_moe.config.yaml_io import build_run
 from tests.checkpoint.hf.test_families import their_config
 from tests.helpers.hf_parity import TOLERANCE, Ours, convert, load_theirs, randomise_theirs, their_logits
