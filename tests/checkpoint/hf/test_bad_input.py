@@ -316,7 +316,8 @@ def test_proof_that_was_killed_keeps_what_is_written(place: Place) -> None:
     text = ["--license", "other", "--license-file", place.tmp / "text", "--chat-template", place.tmp / "text"]
     done = launch(1, "tools/convert_checkpoint.py", *words, *text, prepare=(kill_the_proof,))
     assert done.codes == [2], done.stderr
-    (line,) = done.stderr.splitlines()
+    line, *more = done.stderr.splitlines()
+    assert not more, done.stderr
     assert "was killed by signal 9" in line
     assert line.endswith("what is written is kept: start the same again when that is mended, or with --no-verify")
     unfinished = place.tmp / "out.unfinished"
