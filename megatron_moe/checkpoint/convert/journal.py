@@ -17,6 +17,8 @@ from megatron_moe.checkpoint.layout import UNFINISHED
 from megatron_moe.config.base import UserError, disk_error
 
 _JOURNAL = "conversion.journal"
+# Tokenizer, card, configs, index, journal.
+_SMALL_FILES = 64 << 20
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -36,6 +38,27 @@ def check_free(output: Path, flag: str) -> None:
         return
     if output.exists() or output.is_symlink():
         raise UserError(f"{flag} {output}: is there already; give a new folder, or remove it")
+
+
+def check_room(output: Path, needed: int, flag: str) -> None:
+    """There must be room for tensors of so many bytes, and for the small files beside them.
+
+    Raises:
+        UserError: there is not.
+    """
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed + _SMALL_FILES:
+        raise UserError(
+            f"{flag} {output}: needs {_gigabytes(needed + _SMALL_FILES)}, but {place} has {_gigabytes(free)} free; "
+            "make room, or give another place"
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
 
 
 def fingerprint(parts: Iterable[object], inputs: Sequence[Path]) -> str:

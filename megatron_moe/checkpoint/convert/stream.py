@@ -5,7 +5,6 @@ other start can finish, as when the source is damaged or the proof failed, is re
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ from megatron_moe import __version__
 from megatron_moe.checkpoint.convert.blocks import Block, Box, Side
 from megatron_moe.checkpoint.convert.coverage import check_coverage
 from megatron_moe.checkpoint.convert.engine import Targets, assemble, check_fills
-from megatron_moe.checkpoint.convert.journal import Journal, check_free, fingerprint
+from megatron_moe.checkpoint.convert.journal import Journal, check_free, check_room, fingerprint
 from megatron_moe.checkpoint.convert.tensors import TensorInfo, TensorSource
 from megatron_moe.config.base import Resumable, UserError, disk_error
 from megatron_moe.data.pool import run_tasks
@@ -30,8 +29,6 @@ _TASK_PIECES = 512
 _BYTES_PER_WORKER = 512 << 20
 # What the processes need, imported once for all of them.
 _PRELOAD = tuple(f"{__package__}.{name}" for name in ("stream", "safetensors_files", "ours_reader", "ours_writer"))
-# Beside the tensors: index, tokenizer, config.
-_ROOM = 64 << 20
 _ADVICE = "start the same again to go on, with fewer --workers if memory was short"
 
 
@@ -119,12 +116,12 @@ def convert(
         pieces = writer.pieces
         if anew:
             journal.start_anew()
-            _check_room(output, flag, writer.total_bytes)
+            check_room(output, writer.total_bytes, flag)
             writer.prepare()
             journal.begin()
         else:
             assert journal.done is not None
-            _check_room(output, flag, writer.total_bytes - _bytes(writer, [pieces[index] for index in journal.done]))
+            check_room(output, writer.total_bytes - _bytes(writer, [pieces[index] for index in journal.done]), flag)
         _write_pieces(blocks, source, writer, pieces, journal, workers, progress=progress)
         removable = True
         journal.keep_only(writer.files)
@@ -184,19 +181,6 @@ def _grouped(indices: Sequence[int], pieces: Sequence[Box], writer: TensorWriter
 
 def _bytes(writer: TensorWriter, pieces: Sequence[Box]) -> int:
     return sum(piece.numel * writer.infos[piece.name].dtype.itemsize for piece in pieces)
-
-
-def _check_room(output: Path, flag: str, needed: int) -> None:
-    free = shutil.disk_usage(output.absolute().parent).free
-    if needed + _ROOM > free:
-        raise UserError(
-            f"{flag} {output}: needs {_gigabytes(needed + _ROOM)} of disk, {_gigabytes(free)} are free; make room, or "
-            "give a place on another disk"
-        )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
 
 
 class _Worker:

@@ -11,7 +11,6 @@ beside them, are never added (`moe/experts.py`: "Ignore the bias term for now"):
 is the approximation by tanh.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from megatron_moe.checkpoint.foreign.model import ForeignModel, compact, dtype_n
 from megatron_moe.checkpoint.foreign.ranks import RankedSource
 from megatron_moe.checkpoint.foreign.settings import LONGEST_SAMPLE, Settings, experts_by_layer
 from megatron_moe.checkpoint.foreign.torch_file import read_torch_file
-from megatron_moe.checkpoint.text_files import read_at_most
+from megatron_moe.checkpoint.text_files import read_object
 from megatron_moe.config.base import UserError
 from megatron_moe.config.yaml_io import Values, build_run
 from megatron_moe.moe.layout import expert_layout
@@ -97,12 +96,7 @@ def _config(folder: Path) -> Settings:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{path}: is missing; a GPT-MoE of PAI's has one")
-    try:
-        content = json.loads(read_at_most(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({str(error)[:80]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged, holds no fields")
+    content = read_object(path)
     config = Settings(content, str(path))
     if content.get("model_type") != "gpt-moe":
         raise config.refuse("model_type", "'gpt-moe'; for a model of transformers use from-hf")

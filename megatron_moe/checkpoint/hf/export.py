@@ -21,7 +21,7 @@ from megatron_moe.checkpoint.convert.stream import convert
 from megatron_moe.checkpoint.convert.tensors import TensorInfo
 from megatron_moe.checkpoint.hf.card import CardFacts, model_card
 from megatron_moe.checkpoint.hf.families.base import Family
-from megatron_moe.checkpoint.hf.folders import check_room, check_target
+from megatron_moe.checkpoint.hf.folders import check_room_early, check_target
 from megatron_moe.checkpoint.hf.generation_config import generation_config, special_ids
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ExportOptions
@@ -31,6 +31,7 @@ from megatron_moe.checkpoint.hf.targets import Target, choose_hf_target
 from megatron_moe.checkpoint.hf.tokenizer import ExportedTokenizer, check_template, export_tokenizer
 from megatron_moe.checkpoint.hf.verify import TOLERANCE, Proof, check_transformers, keeping_what_is_written, prove
 from megatron_moe.checkpoint.layout import CONFIG_FILE
+from megatron_moe.checkpoint.text_files import read_at_most
 from megatron_moe.config.base import UserError, disk_error
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
@@ -143,7 +144,7 @@ def _plan(options: ExportOptions) -> _Export:
     blocks = target.family.blocks(trained)
     dtype = None if options.dtype == "auto" else getattr(torch, TORCH_NAMES[options.dtype])
     infos = target_infos(blocks, "theirs", source.infos, dtype, target.family.fp32_names(trained))
-    check_room(output, sum(info.nbytes for info in infos.values()), "--output")
+    check_room_early(output, sum(info.nbytes for info in infos.values()), "--output")
     return _Export(options, saved, trained, target, source, blocks, infos, template, licence)
 
 
@@ -209,10 +210,8 @@ def _text_file(path: str | None, flag: str) -> str | None:
     if path is None:
         return None
     try:
-        content = Path(path).read_bytes()
-        if len(content) > _LARGEST_TEXT:
-            raise UserError(f"{flag} {path}: is larger than {_LARGEST_TEXT >> 20} MiB, so it is not what is asked for")
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise UserError(f"{flag} {path}: cannot be read: {reason}") from error
+        return read_at_most(Path(path), _LARGEST_TEXT).decode("utf-8")
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: cannot be read: is no UTF-8 text") from error

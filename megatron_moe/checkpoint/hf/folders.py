@@ -1,13 +1,9 @@
 """The folder that a conversion writes: what must hold of it before."""
 
-import shutil
 from pathlib import Path
 
-from megatron_moe.checkpoint.convert.journal import unfinished_folder
+from megatron_moe.checkpoint.convert.journal import check_room, unfinished_folder
 from megatron_moe.config.base import UserError
-
-# Tokenizer, card, configs, journal.
-_SMALL_FILES = 64 << 20
 
 
 def check_target(target: Path, flag: str, source: Path, source_flag: str) -> None:
@@ -29,24 +25,12 @@ def check_target(target: Path, flag: str, source: Path, source_flag: str) -> Non
         raise UserError(f"{flag} {target}: lies in {source_flag} {source}, or around it; give a folder beside it")
 
 
-def check_room(target: Path, needed: int, flag: str) -> None:
-    """There must be room for what will be written; what an earlier start has written is counted by `convert`.
+def check_room_early(target: Path, needed: int, flag: str) -> None:
+    """`convert` looks for room before it writes; here before anything else is done. What an earlier start has written
+    it alone can count.
 
     Raises:
-        UserError: there is not.
+        UserError: there is none.
     """
-    if unfinished_folder(target).exists():
-        return
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed + _SMALL_FILES:
-        raise UserError(
-            f"{flag} {target}: needs {_gigabytes(needed + _SMALL_FILES)}, but {place} has {_gigabytes(free)} free; "
-            "make room, or give another place"
-        )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+    if not unfinished_folder(target).exists():
+        check_room(target, needed, flag)

@@ -16,7 +16,7 @@ from megatron_moe.checkpoint.convert.tensors import TensorSource
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.hf.families.base import Family
 from megatron_moe.checkpoint.hf.families.native import is_left_out
-from megatron_moe.checkpoint.hf.folders import check_room, check_target
+from megatron_moe.checkpoint.hf.folders import check_room_early, check_target
 from megatron_moe.checkpoint.hf.inspect import parameters_of_dtype, read_config
 from megatron_moe.checkpoint.hf.options import TORCH_NAMES, ForeignOptions, ImportOptions
 from megatron_moe.checkpoint.hf.own_code import needs_code
@@ -194,7 +194,7 @@ def _plan(
         checkpoint=CheckpointConfig(save=str(save)),
     )
     model = describe(run)
-    check_room(save, sum(info.nbytes for info in model.infos.values()), "--save")
+    check_room_early(save, sum(info.nbytes for info in model.infos.values()), "--save")
     return Import(run, source, blocks, model, tokenizer, save, workers, where)
 
 

@@ -1,6 +1,5 @@
 """What lies in a checkpoint: tensors, shapes, types, experts per layer, bytes. Only headers and indices are read."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from megatron_moe.checkpoint.foreign.deepspeed import open_deepspeed
 from megatron_moe.checkpoint.foreign.model import ForeignModel
 from megatron_moe.checkpoint.foreign.pai import open_pai
 from megatron_moe.checkpoint.layout import CONFIG_FILE, LATEST_FILE, checkpoint_folder, find_checkpoint
-from megatron_moe.checkpoint.text_files import read_at_most
+from megatron_moe.checkpoint.text_files import read_object
 from megatron_moe.checkpoint.torch_metadata import FILE as METADATA_FILE
 from megatron_moe.checkpoint.torch_metadata import read_metadata
 from megatron_moe.config.base import UserError
@@ -207,13 +206,7 @@ def read_config(folder: Path, flag: str = "--hf") -> dict[str, Any]:
         raise UserError(f"{flag} {folder}: no such folder; give the folder of a Hugging Face checkpoint")
     if not path.is_file():
         raise UserError(f"{flag} {folder}: holds no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        config = json.loads(read_at_most(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, is not JSON ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: damaged, holds a {type(config).__name__} and no object")
-    return config
+    return read_object(path)
 
 
 def _size(paths: Iterable[Path]) -> int:

@@ -109,8 +109,8 @@ def test_a_disk_that_is_too_small_is_refused_before(
     tmp_path: Path, origin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage._replace(free=stream._ROOM + BYTES - 1))
-    with pytest.raises(UserError, match=r"--output .*/out: needs 0.07 GB of disk, 0.07 GB are free"):
+    monkeypatch.setattr(journal.shutil, "disk_usage", lambda _: usage._replace(free=journal._SMALL_FILES + BYTES - 1))
+    with pytest.raises(UserError, match=r"--output .*/out: needs 0.07 GB, but .* has 0.07 GB free; make room"):
         run(MemorySource(OURS), tmp_path / "out", origin)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin"]
 
@@ -384,11 +384,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_fills_up(workers: int, disk: Path, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = disk / "out"
-    with pytest.raises(UserError, match="are free"):
+    with pytest.raises(UserError, match="GB free; make room"):
         run(MemorySource(OURS), output, origin, workers=workers)
     assert not list(disk.iterdir())
     # Somebody else's file, say, takes the room that was there.
-    monkeypatch.setattr(stream, "_check_room", lambda *_: None)
+    monkeypatch.setattr(stream, "check_room", lambda *_: None)
     with pytest.raises(UserError, match=r"cannot be written: No space left on device; make room, then start again"):
         run(MemorySource(OURS), output, origin, workers=workers)
     assert not output.exists()
